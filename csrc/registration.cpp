@@ -1,0 +1,16 @@
+// The schemas of the native ops; each kernel file registers its own implementation.
+// They equal those in fishkern/_ops.py, as text (a test compares them).
+
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(fishkern_native, m) {
+  m.def(
+      "linear_fisher_(Tensor(a!) fisher, Tensor x, Tensor grad_out, *, Tensor(b!)? bias_fisher=None, "
+      "Tensor(c!)? sample_scores=None, Tensor? mask=None) -> ()");
+  m.def("topk_indices(Tensor[] scores, int k) -> Tensor[]");
+  m.def(
+      "masked_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor[] indices, Tensor(b!)[] exp_avgs, "
+      "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] masters, "
+      "Tensor steps, Tensor lr, float beta1, float beta2, float eps, float weight_decay, "
+      "bool maximize=False, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()");
+}

@@ -1,0 +1,71 @@
+"""Table of contents: the schema of every op, its fake, and its registration.
+
+Each op is ``torch.ops.fishkern.<name>``; the dispatcher's entry asks ``_dispatch`` for a
+backend each time it runs, so that the choice also holds inside a compiled graph. Arguments are
+not checked here: ``fishkern.functional`` is the checked door.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fishkern._dispatch import choose
+
+_library = torch.library.Library("fishkern", "DEF")
+
+SCHEMAS = {
+    "linear_fisher_": (
+        "(Tensor(a!) fisher, Tensor x, Tensor grad_out, *, Tensor(b!)? bias_fisher=None, "
+        "Tensor(c!)? sample_scores=None, Tensor? mask=None) -> ()"
+    ),
+    "topk_indices": "(Tensor[] scores, int k) -> Tensor[]",
+    "masked_adamw_": (
+        "(Tensor(a!)[] params, Tensor[] grads, Tensor[] indices, Tensor(b!)[] exp_avgs, "
+        "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] masters, "
+        "Tensor steps, Tensor lr, float beta1, float beta2, float eps, float weight_decay, "
+        "bool maximize=False, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()"
+    ),
+}
+
+
+def linear_fisher_(fisher: Tensor, *args: Any, **kwargs: Any) -> None:
+    """Accumulate per-sample squared gradients of a linear layer."""
+    choose("linear_fisher_", fisher.device.type)(fisher, *args, **kwargs)
+
+
+def topk_indices(scores: Sequence[Tensor], k: int) -> list[Tensor]:
+    """Exact top-k over a list of tensors."""
+    device_type = scores[0].device.type if scores else "cpu"
+    indices: list[Tensor] = choose("topk_indices", device_type)(scores, k)
+    return indices
+
+
+def masked_adamw_(params: Sequence[Tensor], *args: Any, **kwargs: Any) -> None:
+    """One AdamW step on the selected entries of a list of tensors."""
+    if params:
+        choose("masked_adamw_", params[0].device.type)(params, *args, **kwargs)
+
+
+def _mutates_only(*args: Any, **kwargs: Any) -> None:
+    """The fake of an op that returns nothing."""
+
+
+def _fake_topk_indices(scores: Sequence[Tensor], k: int) -> list[Tensor]:
+    context = torch.library.get_ctx()
+    return [s.new_empty(context.new_dynamic_size(), dtype=torch.int64) for s in scores]
+
+
+def _register(function: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    name = function.__name__
+    _library.define(name + SCHEMAS[name])
+    _library.impl(name, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fishkern::{name}", fake, lib=_library)
+
+
+_register(linear_fisher_, _mutates_only)
+_register(topk_indices, _fake_topk_indices)
+_register(masked_adamw_, _mutates_only)

@@ -1,0 +1,24 @@
+"""Calls into the C++ library, ``torch.ops.fishkern_native``: same names, same signatures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def linear_fisher_(*args: Any, **kwargs: Any) -> None:
+    """See ``csrc/cpu/fisher.cpp``."""
+    torch.ops.fishkern_native.linear_fisher_(*args, **kwargs)
+
+
+def topk_indices(scores: list[Tensor], k: int) -> list[Tensor]:
+    """See ``csrc/cpu/topk.cpp``."""
+    indices: list[Tensor] = torch.ops.fishkern_native.topk_indices(scores, k)
+    return indices
+
+
+def masked_adamw_(*args: Any, **kwargs: Any) -> None:
+    """See ``csrc/cpu/adamw.cpp``."""
+    torch.ops.fishkern_native.masked_adamw_(*args, **kwargs)

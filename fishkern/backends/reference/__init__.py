@@ -1,0 +1,18 @@
+"""Plain torch: the definition of every op, on any device, in any floating dtype.
+
+These functions are the truth that the kernels are tested against (in float64) and the
+fallback where no kernel runs. They are written to be read.
+"""
+
+from fishkern.backends.reference.adamw import masked_adamw_
+from fishkern.backends.reference.fisher import linear_fisher_
+from fishkern.backends.reference.select import topk_indices
+
+__all__ = ["DEVICES", "linear_fisher_", "masked_adamw_", "topk_indices", "unavailable"]
+
+DEVICES = ("cpu", "cuda", "mps", "xpu", "meta")
+
+
+def unavailable() -> str | None:
+    """Always available."""
+    return None
