@@ -1,0 +1,28 @@
+"""Fixtures: seeds, backends. Triton is interpreted where there is no CUDA device."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel module is imported
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+
+from fishkern import _dispatch
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=_dispatch.BACKENDS)
+def backend(request):
+    """Run the test once on each backend; one that is missing is a skip that says why."""
+    reason = _dispatch.available()[request.param]
+    if reason is not None:
+        pytest.skip(f"{request.param}: {reason}")
+    with _dispatch.use_backend(request.param):
+        yield request.param
