@@ -39,8 +39,9 @@ def linear_fisher_(fisher: Tensor, *args: Any, **kwargs: Any) -> None:
 
 def topk_indices(scores: Sequence[Tensor], k: int) -> list[Tensor]:
     """Exact top-k over a list of tensors."""
-    device_type = scores[0].device.type if scores else "cpu"
-    indices: list[Tensor] = choose("topk_indices", device_type)(scores, k)
+    if not scores:
+        return []
+    indices: list[Tensor] = choose("topk_indices", scores[0].device.type)(scores, k)
     return indices
 
 
