@@ -1,0 +1,173 @@
+// fisher += sum_n (sum_t grad_out[n,t] x[n,t]^T)^2, squared after the sum over t.
+//
+// This file knows tensors: it brings them into the form of simd/fisher.h, spreads the blocks of the
+// result over threads and adds up the scores. Threads never share a block and a block's arithmetic
+// depends on shapes only, so the result does not depend on the number of threads, bit for bit.
+
+#include "cpu/simd/fisher.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <array>
+#include <memory>
+#include <new>
+#include <optional>
+#include <utility>
+#include <vector>
+
+namespace fishkern::fisher {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Blocks of the result: large enough that packing is cheap beside the products, small enough for
+// the second-level cache and for many threads.
+constexpr int64_t kBlockRows = 64;
+constexpr int64_t kBlockCols = 192;
+
+// Fewer floating-point operations than this are not worth another thread.
+constexpr int64_t kGrain = 1 << 20;
+
+struct AlignedDelete {
+  void operator()(float* p) const { ::operator delete(p, std::align_val_t{64}); }
+};
+using Scratch = std::unique_ptr<float, AlignedDelete>;
+
+Scratch new_scratch(int64_t size) {
+  return Scratch(static_cast<float*>(::operator new(size * sizeof(float), std::align_val_t{64})));
+}
+
+// [N, *, features] as [N, T, features], float32 or a 16-bit type; a copy only where the token
+// dimensions cannot be joined or the dtype is another one.
+Tensor as_samples_tokens(const Tensor& tensor) {
+  const int64_t last = tensor.dim() - 1;
+  int64_t tokens = 1;
+  for (int64_t d = 1; d < last; ++d) tokens *= tensor.size(d);
+  const std::array<int64_t, 3> shape{tensor.size(0), tokens, tensor.size(last)};
+  const Tensor joined = torch::stable::reshape(tensor, {shape.data(), shape.size()});
+  const ScalarType dtype = joined.scalar_type();
+  const bool readable =
+      dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
+  return readable ? joined : torch::stable::to(joined, ScalarType::Float);
+}
+
+Operand operand(const Tensor& tensor) {
+  const ScalarType dtype = tensor.scalar_type();
+  return {.data = tensor.const_data_ptr(),
+          .dtype = dtype == ScalarType::Float      ? Dtype::float32
+                   : dtype == ScalarType::BFloat16 ? Dtype::bfloat16
+                                                   : Dtype::float16,
+          .size = tensor.size(2),
+          .sample_stride = tensor.stride(0),
+          .token_stride = tensor.stride(1),
+          .stride = tensor.stride(2)};
+}
+
+float* accumulator(const char* name, const Tensor& tensor) {
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float, "the native linear_fisher_ takes ",
+                  name, " in float32, got ", torch::headeronly::toString(tensor.scalar_type()),
+                  ": use float32, or fishkern.use_backend(\"reference\") for float64");
+  return static_cast<float*>(tensor.mutable_data_ptr());
+}
+
+void check_shape(const char* name, const Tensor& tensor, std::vector<int64_t> shape) {
+  const auto sizes = tensor.sizes();
+  STD_TORCH_CHECK(tensor.is_cpu(), name, " must be on the CPU, like fisher");
+  STD_TORCH_CHECK(std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end()), name,
+                  " has the wrong shape: see fishkern.functional.linear_fisher_");
+}
+
+// The shorter operand is read one number at a time, the longer one in vectors.
+void make_columns_long(Problem& problem) {
+  if (problem.cols.size >= problem.rows.size || problem.cols.size >= kBlockCols) return;
+  std::swap(problem.rows, problem.cols);
+  std::swap(problem.row_stride, problem.col_stride);
+  std::swap(problem.mask_row_stride, problem.mask_col_stride);
+}
+
+void compute(const Problem& problem) {
+  const auto compute_block = FISHKERN_FOR_THIS_CPU(compute_block);
+  const int64_t scratch_size = (*FISHKERN_FOR_THIS_CPU(scratch_size))(problem);
+  const int64_t blocks = problem.num_row_blocks() * problem.num_col_blocks();
+  const int64_t work = 2 * problem.samples * problem.tokens *
+                       std::min(problem.block_rows, problem.rows.size) *
+                       std::min(problem.block_cols, problem.cols.size);
+  const int64_t grain = std::max<int64_t>(1, kGrain / work);
+  torch::stable::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
+    const Scratch scratch = new_scratch(scratch_size);
+    for (int64_t block = begin; block < end; ++block) compute_block(problem, block, scratch.get());
+  });
+}
+
+void linear_fisher_(Tensor fisher, Tensor x, Tensor grad_out, std::optional<Tensor> bias_fisher,
+                    std::optional<Tensor> sample_scores, std::optional<Tensor> mask) {
+  STD_TORCH_CHECK(x.dim() >= 2 && grad_out.dim() == x.dim(),
+                  "x must be [N, *, I] and grad_out [N, *, O] with the same leading dimensions");
+  const int64_t num_samples = x.size(0), last = x.dim() - 1;
+  const int64_t num_outputs = grad_out.size(last), num_inputs = x.size(last);
+  auto leading = std::vector<int64_t>(x.sizes().begin(), x.sizes().end());
+  check_shape("x", x, leading);
+  leading.back() = num_outputs;
+  check_shape("grad_out", grad_out, leading);
+  check_shape("fisher", fisher, {num_outputs, num_inputs});
+  if (bias_fisher) check_shape("bias_fisher", *bias_fisher, {num_outputs});
+  if (sample_scores) check_shape("sample_scores", *sample_scores, {num_samples});
+  if (mask) {
+    check_shape("mask", *mask, {num_outputs, num_inputs});
+    STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool, "mask must be a bool tensor");
+  }
+  float* const fisher_data = accumulator("fisher", fisher);
+  float* const bias_data = bias_fisher ? accumulator("bias_fisher", *bias_fisher) : nullptr;
+  float* const score_data = sample_scores ? accumulator("sample_scores", *sample_scores) : nullptr;
+
+  const Tensor x3 = as_samples_tokens(x), grad3 = as_samples_tokens(grad_out);
+  const int64_t num_tokens = x3.size(1);
+  if (num_samples == 0 || num_tokens == 0 || num_outputs == 0) return;
+
+  Problem problem{.rows = operand(grad3),
+                  .cols = operand(x3),
+                  .samples = num_samples,
+                  .tokens = num_tokens,
+                  .fisher = fisher_data,
+                  .row_stride = fisher.stride(0),
+                  .col_stride = fisher.stride(1),
+                  .block_rows = kBlockRows,
+                  .block_cols = kBlockCols};
+  problem.rows.bias = bias_data;
+  if (bias_data) problem.rows.bias_stride = bias_fisher->stride(0);
+  if (sample_scores && mask) {
+    problem.mask = static_cast<const bool*>(mask->const_data_ptr());
+    problem.mask_row_stride = mask->stride(0);
+    problem.mask_col_stride = mask->stride(1);
+  }
+  make_columns_long(problem);
+
+  std::vector<double> scores;
+  const int64_t blocks = problem.num_row_blocks() * problem.num_col_blocks();
+  if (sample_scores) {
+    scores.resize(blocks * num_samples);
+    problem.scores = scores.data();
+  } else if (num_tokens == 1) {
+    problem.squared = true;
+    std::swap(problem.samples, problem.tokens);
+    std::swap(problem.rows.sample_stride, problem.rows.token_stride);
+    std::swap(problem.cols.sample_stride, problem.cols.token_stride);
+  }
+  compute(problem);
+  for (int64_t n = 0; sample_scores && n < num_samples; ++n) {
+    double score = 0.0;
+    for (int64_t block = 0; block < blocks; ++block) score += scores[block * num_samples + n];
+    score_data[n * sample_scores->stride(0)] += static_cast<float>(score);
+  }
+}
+
+}  // namespace
+}  // namespace fishkern::fisher
+
+STABLE_TORCH_LIBRARY_IMPL(fishkern_native, CPU, m) {
+  m.impl("linear_fisher_", TORCH_BOX(&fishkern::fisher::linear_fisher_));
+}

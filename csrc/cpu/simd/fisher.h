@@ -1,0 +1,61 @@
+// What csrc/cpu/fisher.cpp asks of the vectorised code: blocks of sum_n (sum_t a[n,t] b[n,t]^T)^2.
+//
+// Letters: n sample, t token, r row and c column of the result. Of the two operands, `rows` is read
+// one number at a time and `cols` a vector at a time: cols should be the longer one. Which of them
+// is the layer's input does not matter here.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/capability.h"
+
+namespace fishkern::fisher {
+
+enum class Dtype { float32, bfloat16, float16 };
+
+// One operand [samples, tokens, size], in elements of dtype.
+struct Operand {
+  const void* data;
+  Dtype dtype;
+  int64_t size;
+  int64_t sample_stride, token_stride, stride;
+  // Where given, bias[r * bias_stride] += sum_n (sum_t operand[n,t,r])^2.
+  float* bias = nullptr;
+  int64_t bias_stride = 0;
+};
+
+struct Problem {
+  Operand rows, cols;
+  int64_t samples, tokens;
+  // fisher[r * row_stride + c * col_stride] += sum_n (sum_t rows[n,t,r] cols[n,t,c])^2.
+  float* fisher;
+  int64_t row_stride, col_stride;
+  // With one token per sample the square of the product is the product of the squares: samples
+  // are then passed as the tokens of a single one, and the operands squared as they are read.
+  bool squared = false;
+  // Where given, scores[block * samples + n] = the block's part of the sum of the squares, of
+  // those where mask[r * mask_row_stride + c * mask_col_stride], if there is a mask.
+  double* scores = nullptr;
+  const bool* mask = nullptr;
+  int64_t mask_row_stride = 0, mask_col_stride = 0;
+  // The result is computed in blocks of this size, numbered row by row.
+  int64_t block_rows, block_cols;
+
+  int64_t num_row_blocks() const { return blocks(rows.size, block_rows); }
+  int64_t num_col_blocks() const { return blocks(cols.size, block_cols); }
+
+ private:
+  // At least one, since there may be a bias without a single weight.
+  static int64_t blocks(int64_t size, int64_t block) {
+    return size == 0 ? 1 : (size + block - 1) / block;
+  }
+};
+
+FISHKERN_DECLARE_FOR_EACH_ISA(
+    // The number of floats that compute_block needs as scratch, aligned to 64 bytes.
+    int64_t scratch_size(const Problem& problem);
+
+    // Computes one block of the result and adds it to the outputs.
+    void compute_block(const Problem& problem, int64_t block, float* scratch);)
+
+}  // namespace fishkern::fisher

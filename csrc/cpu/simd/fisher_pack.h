@@ -1,0 +1,102 @@
+// Packing for the Fisher kernel: strided operands of any dtype become float32 panels.
+//
+// A panel holds `width` features of consecutive tokens: [tokens][width]. Wherever the tokens of the
+// tensor lie, the inner loop of the kernel then reads memory from front to back.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/simd/fisher.h"
+
+namespace fishkern::fisher {
+namespace {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+inline float to_float(float value) { return value; }
+
+inline float to_float(BFloat16 value) {
+  return __builtin_bit_cast(float, uint32_t{value.bits} << 16);
+}
+
+// Written without branches, for the compiler to vectorise: the half's exponent and mantissa are
+// read as a float32, whose exponent is then too small by 112. Infinity and NaN come out as 2^16 and
+// above, and get the largest exponent.
+inline float to_float(Float16 value) {
+  const uint32_t magnitude = uint32_t{value.bits & 0x7fffu} << 13;
+  const float scaled = __builtin_bit_cast(float, magnitude) * 0x1p112f;
+  const uint32_t special = magnitude >= 0x0f800000u ? 0x7f800000u : 0u;
+  const uint32_t sign = uint32_t{value.bits & 0x8000u} << 16;
+  return __builtin_bit_cast(float, __builtin_bit_cast(uint32_t, scaled) | special | sign);
+}
+
+// The tokens that are packed together: whole samples, or a part of one.
+struct Chunk {
+  int64_t sample, samples;
+  int64_t token, tokens;
+  bool first, last;  // the chunk holds the first, the last tokens of its samples
+
+  int64_t size() const { return samples * tokens; }
+};
+
+template <typename T, bool kSquared>
+inline float element(const T* p) {
+  const float value = to_float(*p);
+  return kSquared ? value * value : value;
+}
+
+// Packs features [begin, begin + size) as panels of kPanel features, the last one of what is left,
+// rounded up to a multiple of kRound and filled with zeros.
+template <typename T, int kPanel, int kRound, bool kSquared>
+void pack_as(const Operand& operand, const Chunk& chunk, int64_t begin, int64_t size, float* out) {
+  const int64_t stride = operand.stride;
+  const int64_t full = size / kPanel * kPanel, rest = size - full;
+  const int64_t width = (rest + kRound - 1) / kRound * kRound;
+  for (int64_t n = 0; n < chunk.samples; ++n) {
+    for (int64_t t = 0; t < chunk.tokens; ++t) {
+      const T* in = static_cast<const T*>(operand.data) + begin * stride +
+                    (chunk.sample + n) * operand.sample_stride +
+                    (chunk.token + t) * operand.token_stride;
+      const int64_t k = n * chunk.tokens + t;
+      if (stride == 1) {
+        for (int64_t p = 0; p < full; p += kPanel) {
+          float* row = out + p * chunk.size() + k * kPanel;
+          for (int j = 0; j < kPanel; ++j) row[j] = element<T, kSquared>(in + p + j);
+        }
+      } else {
+        for (int64_t p = 0; p < full; p += kPanel) {
+          float* row = out + p * chunk.size() + k * kPanel;
+          for (int j = 0; j < kPanel; ++j) row[j] = element<T, kSquared>(in + (p + j) * stride);
+        }
+      }
+      float* row = out + full * chunk.size() + k * width;
+      for (int64_t j = 0; j < rest; ++j) row[j] = element<T, kSquared>(in + (full + j) * stride);
+      for (int64_t j = rest; j < width; ++j) row[j] = 0.0f;
+    }
+  }
+}
+
+template <int kPanel, int kRound>
+void pack(const Operand& operand, bool squared, const Chunk& chunk, int64_t begin, int64_t size,
+          float* out) {
+  const auto run = [&]<typename T>(T) {
+    squared ? pack_as<T, kPanel, kRound, true>(operand, chunk, begin, size, out)
+            : pack_as<T, kPanel, kRound, false>(operand, chunk, begin, size, out);
+  };
+  switch (operand.dtype) {
+    case Dtype::float32:
+      return run(float{});
+    case Dtype::bfloat16:
+      return run(BFloat16{});
+    case Dtype::float16:
+      return run(Float16{});
+  }
+}
+
+}  // namespace
+}  // namespace fishkern::fisher
