@@ -1,0 +1,130 @@
+"""FisherDiagonal: one float32 score per parameter entry, and how it was come by."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fishkern import files
+from fishkern.names import by_canonical_name, canonical_name
+
+__all__ = ["ROUTES", "FisherDiagonal", "check_scores"]
+
+ROUTES = ("fused", "vmap", "loop")
+
+
+def check_scores(scores: Mapping[str, Tensor]) -> None:
+    """Raise TypeError unless every score is a float32 tensor."""
+    for name, score in scores.items():
+        if not isinstance(score, Tensor) or score.dtype != torch.float32:
+            found = score.dtype if isinstance(score, Tensor) else type(score).__name__
+            raise TypeError(f"the score of {name!r} is {found}: pass a float32 tensor")
+
+
+class FisherDiagonal(Mapping[str, Tensor]):
+    """The diagonal of the Fisher information, as a mapping from parameters' names to scores.
+
+    ``estimate_fisher`` makes it; made by hand it holds any scores that ``select`` is to rank.
+
+    Args:
+        scores: For each parameter a float32 tensor of its shape, the mean over the samples. Held,
+            not copied. Wrappers' prefixes are dropped from the names, here and when asked for one.
+        num_samples: How many samples the mean is over.
+        labels: Where the labels came from: "empirical", "sampled", "expected"; None: not said.
+        routes: For each parameter how it was scored: "fused", "vmap" or "loop"; may leave some out.
+
+    Raises:
+        TypeError: A score that is not a float32 tensor, or a field of another type.
+        ValueError: Two names that are one, a route for no parameter, or no samples.
+
+    Example:
+        >>> import torch
+        >>> scores = FisherDiagonal({"module.weight": torch.ones(2, 3)}, num_samples=8)
+        >>> list(scores), scores["module.weight"].shape
+        (['weight'], torch.Size([2, 3]))
+    """
+
+    def __init__(
+        self,
+        scores: Mapping[str, Tensor],
+        *,
+        num_samples: int,
+        labels: str | None = None,
+        routes: Mapping[str, str] | None = None,
+    ) -> None:
+        if not isinstance(scores, Mapping):
+            raise TypeError(f"scores is a {type(scores).__name__}: pass a mapping name -> tensor")
+        self._scores = by_canonical_name(scores.items(), "scores")
+        check_scores(self._scores)
+        self._scores = {name: score.detach() for name, score in self._scores.items()}
+        if isinstance(num_samples, bool) or not isinstance(num_samples, int):
+            raise TypeError(f"num_samples is {num_samples!r}: pass an int")
+        if num_samples < 1:
+            raise ValueError(f"num_samples is {num_samples}: a mean is over one sample or more")
+        if labels is not None and not isinstance(labels, str):
+            raise TypeError(f"labels is {labels!r}: pass a string or None")
+        self.num_samples = num_samples
+        self.labels = labels
+        self.routes: dict[str, str] = by_canonical_name((routes or {}).items(), "routes")
+        for name, route in self.routes.items():
+            if name not in self._scores:
+                raise ValueError(f"routes names {name!r}, which has no score")
+            if route not in ROUTES:
+                raise ValueError(f"the route of {name!r} is {route!r}: one of {', '.join(ROUTES)}")
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._scores[canonical_name(name)]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._scores)
+
+    def __len__(self) -> int:
+        return len(self._scores)
+
+    def __eq__(self, other: object) -> bool:
+        """Bit for bit the same scores, of as many samples and the same labels."""
+        if not isinstance(other, FisherDiagonal):
+            return NotImplemented
+        return (
+            self._scores.keys() == other._scores.keys()
+            and (self.num_samples, self.labels) == (other.num_samples, other.labels)
+            and all(torch.equal(score.cpu(), other[name].cpu()) for name, score in self.items())
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        size = sum(score.numel() for score in self.values())
+        parts = [f"{len(self)} tensors, {size:,} scores, {self.num_samples} samples"]
+        if self.labels is not None:
+            parts.append(f"labels={self.labels!r}")
+        if self.routes:
+            counts = Counter(self.routes.values())
+            parts.append(" ".join(f"{counts[route]} {route}" for route in ROUTES if counts[route]))
+        return f"FisherDiagonal({', '.join(parts)})"
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the scores to a safetensors file, whole or not at all."""
+        fields = {
+            "shapes": {name: list(score.shape) for name, score in self.items()},
+            "num_samples": self.num_samples,
+            "labels": self.labels,
+            "routes": self.routes,
+        }
+        files.save(path, "fisher", self._scores, fields)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> FisherDiagonal:
+        """Read what ``save`` wrote, onto the CPU.
+
+        Raises:
+            ValueError: The file was cut or edited, or holds something else.
+        """
+        scores, fields = files.load(path, "fisher")
+        kwargs: dict[str, Any] = {key: fields[key] for key in ("num_samples", "labels", "routes")}
+        return cls(scores, **kwargs)
