@@ -1,0 +1,192 @@
+"""The Fisher consumer of interception: hold, join, square - once a parameter is complete.
+
+A parameter's per-sample gradient is a sum over all its uses, and it is squared after that sum.
+So (x, grad_out) of each use is held until the tensor hook on the parameter fires: once per
+graph, after its last use. With None, every use went through a rule: what is held is joined along
+the token axis, squared and accumulated. With a gradient, some use went past the rules (a
+functional use, say): what is held is dropped and the parameter is left to an exact, slower route.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Iterator, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fishkern.interception import Site
+
+Shape = tuple[int, ...]
+
+
+class Layout(NamedTuple):
+    """Where a module's input has its samples: an axis of length N, or N * T, sample by sample."""
+
+    axis: int
+    flattened: bool
+
+
+class _Use(NamedTuple):
+    site: Site
+    x: Tensor
+    grad_out: Tensor
+
+
+class FisherAccumulator:
+    """Accumulates ``sum_n g_n^2`` for each parameter, batch by batch."""
+
+    def __init__(self, params: Mapping[str, nn.Parameter], scores: Mapping[str, Tensor]) -> None:
+        self.params = params
+        self.scores = scores
+        self.layouts: dict[Site, list[Layout | None]] = {}
+        self._begin()
+
+    def _begin(self) -> None:
+        self.num_samples = 0
+        self.in_forward = True
+        self.calls: dict[Site, list[Shape]] = {}
+        self.num_calls: Counter[str] = Counter()
+        self.by_shape: dict[tuple[Site, Shape], Layout | None] = {}
+        self.uses: dict[str, list[_Use]] = {}
+        self.complete: set[str] = set()
+        self.done: set[str] = set()
+        self.strays: set[str] = set()
+        self.spoiled: set[str] = set()
+
+    @contextmanager
+    def batch(self, names: Sequence[str]) -> Iterator[None]:
+        """One forward and backward; hooks on the parameters ``names`` report completion."""
+        self._begin()
+        hooks = [self.params[n].register_hook(partial(self._completed, n)) for n in names]
+        try:
+            yield
+            for name in list(self.uses):  # uses deferred to the end of the backward pass
+                if name not in self.strays:
+                    self._accumulate([name])
+        finally:
+            for hook in hooks:
+                hook.remove()
+            self.uses.clear()
+
+    # In the forward pass
+
+    def called(self, site: Site, x: Tensor) -> None:
+        """Note the shape of each input (not of those that checkpointing computes again)."""
+        if self.in_forward:
+            self.calls.setdefault(site, []).append(tuple(x.shape))
+            self.num_calls.update(site.names.values())
+
+    def end_forward(self, num_samples: int, one_sample: Mapping[Site, list[Shape]] | None) -> None:
+        """Find every input's sample axis, given the shapes of a one-sample pass or known layouts."""
+        self.in_forward, self.num_samples = False, num_samples
+        for site, shapes in self.calls.items():
+            dims = site.rule.feature_dims
+            if one_sample is not None and num_samples > 1:
+                ones = one_sample.get(site, [])
+                same_calls = len(ones) == len(shapes)
+                self.layouts[site] = [
+                    find_layout(one, shape, num_samples, dims) if same_calls else None
+                    for one, shape in zip(ones, shapes, strict=same_calls)
+                ] or [None]
+            known = self.layouts.get(site, [])
+            for call, shape in enumerate(shapes):
+                layout = known[call] if len(known) == len(shapes) else None
+                if num_samples == 1:
+                    layout = Layout(0, True)  # whatever the shape: all of it is the one sample
+                elif layout is not None and not layout_fits(layout, shape, num_samples):
+                    layout = None
+                if self.by_shape.setdefault((site, shape), layout) != layout:
+                    self.by_shape[site, shape] = None
+
+    # In the backward pass
+
+    def consume(self, site: Site, x: Tensor, grad_out: Tensor) -> tuple[()]:
+        """Hold a use until its parameters are complete."""
+        if self.by_shape.get((site, tuple(x.shape))) is None:
+            self.strays.update(site.names.values())
+        for name in site.names.values():
+            if name in self.strays:
+                self.uses.pop(name, None)
+            else:
+                self.uses.setdefault(name, []).append(_Use(site, x, grad_out))
+        return ()
+
+    def _completed(self, name: str, grad: Tensor | None) -> None:
+        if grad is not None:
+            self.strays.add(name)
+            self.uses.pop(name, None)
+            if name in self.done:  # an earlier segment of reentrant checkpointing
+                self.spoiled.add(name)
+        elif name in self.uses:
+            self.complete.add(name)
+            uses = self.uses[name]
+            if self.num_calls[name] > len(uses):
+                return  # another segment may bring the rest: wait until the backward returns
+            # A layer's weight and bias are accumulated in one pass over x and grad_out.
+            together = [n for n in uses[0].site.names.values() if n in self.uses]
+            if len(uses) > 1 or any(len(self.uses[n]) > 1 for n in together):
+                self._accumulate([name])
+            elif self.complete.issuperset(together):
+                self._accumulate(together)
+
+    def _accumulate(self, names: list[str]) -> None:
+        """Join the uses of parameters that are used together, square, add."""
+        uses = self.uses[names[0]]
+        rule = uses[0].site.rule
+        local = {n: [_local_name(use.site, n) for use in uses] for n in names}
+        if any(use.site.rule is not rule for use in uses) or any(len(set(v)) > 1 for v in local.values()):
+            self.strays.update(names)  # tied between layers of different kinds
+            return
+        x = torch.cat([self._samples_first(use, use.x) for use in uses], 1)
+        grad_out = torch.cat([self._samples_first(use, use.grad_out) for use in uses], 1)
+        targets = {local[n][0]: self._target(n, x.device) for n in names}
+        rule.fisher_(targets, x, grad_out)
+        for name in names:
+            target = targets[local[name][0]]
+            if target is not self.scores[name]:
+                self.scores[name].add_(target.to(self.scores[name].device))
+            self.done.add(name)
+            del self.uses[name]
+
+    def _samples_first(self, use: _Use, tensor: Tensor) -> Tensor:
+        """``[N, T, *features]``."""
+        layout = self.by_shape[use.site, tuple(use.x.shape)]
+        assert layout is not None
+        lead = tensor.dim() - use.site.rule.feature_dims
+        if lead == 0:  # a single vector is a single token
+            tensor, lead = tensor.unsqueeze(0), 1
+        if layout.flattened:
+            tensor = tensor.unflatten(layout.axis, (self.num_samples, -1))
+            lead += 1
+        tensor = tensor.movedim(layout.axis, 0)
+        return tensor.flatten(1, lead - 1) if lead > 1 else tensor.unsqueeze(1)
+
+    def _target(self, name: str, device: torch.device) -> Tensor:
+        scores = self.scores[name]
+        return scores if scores.device == device else torch.zeros_like(scores, device=device)
+
+
+def find_layout(one: Shape, many: Shape, num_samples: int, feature_dims: int) -> Layout | None:
+    """The one axis that is N times as long for N samples as for one; None if there is none."""
+    if len(one) != len(many) or one[len(one) - feature_dims :] != many[len(many) - feature_dims :]:
+        return None
+    grown = [axis for axis in range(len(one)) if one[axis] != many[axis]]
+    if len(grown) != 1 or many[grown[0]] != num_samples * one[grown[0]]:
+        return None
+    return Layout(grown[0], flattened=one[grown[0]] != 1)
+
+
+def layout_fits(layout: Layout, shape: Shape, num_samples: int) -> bool:
+    """Whether a later batch can have its samples where an earlier one had them."""
+    if layout.axis >= len(shape):
+        return False
+    length = shape[layout.axis]
+    return length % num_samples == 0 if layout.flattened else length == num_samples
+
+
+def _local_name(site: Site, name: str) -> str:
+    return next(local for local, full in site.names.items() if full == name)

@@ -1,0 +1,78 @@
+"""Rules for ``nn.Linear`` and for transformers' ``Conv1D`` (a linear layer, transposed)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fishkern.functional import linear_fisher_
+from fishkern.interception.rules import Rule, register_rule
+
+
+class LinearRule(Rule):
+    """``y = x W^T + b`` with W ``[O, I]``."""
+
+    def forward(self, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        """As ``nn.Linear``."""
+        return F.linear(x, params["weight"], params.get("bias"))
+
+    def input_grad(self, params: Mapping[str, Tensor], x: Tensor, grad_out: Tensor) -> Tensor:
+        """``grad_out W``."""
+        return grad_out @ params["weight"].to(grad_out.dtype)
+
+    def param_grad(self, name: str, x: Tensor, grad_out: Tensor) -> Tensor:
+        """``sum_nt grad_out x^T``; for the bias ``sum_nt grad_out``."""
+        g = grad_out.reshape(-1, grad_out.shape[-1])
+        if name == "bias":
+            return g.sum(0)
+        return g.T @ x.reshape(-1, x.shape[-1]).to(g.dtype)
+
+    def fisher_(self, fishers: Mapping[str, Tensor], x: Tensor, grad_out: Tensor) -> None:
+        """``sum_n (sum_t grad_out x^T)^2``, with the bias in the same pass."""
+        if "weight" in fishers:
+            linear_fisher_(fishers["weight"], x, grad_out, bias_fisher=fishers.get("bias"))
+        elif "bias" in fishers:
+            bias_fisher_(fishers["bias"], grad_out)
+
+
+class Conv1DRule(Rule):
+    """``y = x W + b`` with W ``[I, O]``, as in GPT-2."""
+
+    def forward(self, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        """As transformers' ``Conv1D``."""
+        weight, bias = params["weight"], params["bias"]
+        y = torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight)
+        return y.view(*x.shape[:-1], weight.shape[1])
+
+    def input_grad(self, params: Mapping[str, Tensor], x: Tensor, grad_out: Tensor) -> Tensor:
+        """``grad_out W^T``."""
+        return grad_out @ params["weight"].to(grad_out.dtype).T
+
+    def param_grad(self, name: str, x: Tensor, grad_out: Tensor) -> Tensor:
+        """``sum_nt x grad_out^T``; for the bias ``sum_nt grad_out``."""
+        g = grad_out.reshape(-1, grad_out.shape[-1])
+        if name == "bias":
+            return g.sum(0)
+        return x.reshape(-1, x.shape[-1]).to(g.dtype).T @ g
+
+    def fisher_(self, fishers: Mapping[str, Tensor], x: Tensor, grad_out: Tensor) -> None:
+        """The linear layer's kernel with the two sides exchanged: W is ``[I, O]``."""
+        if "weight" in fishers:
+            linear_fisher_(fishers["weight"], grad_out, x)
+        if "bias" in fishers:
+            bias_fisher_(fishers["bias"], grad_out)
+
+
+def bias_fisher_(fisher: Tensor, grad_out: Tensor) -> None:
+    """``fisher += sum_n (sum_t grad_out[n, t])^2`` with fisher ``[O]``, grad_out ``[N, *, O]``."""
+    per_sample = grad_out.reshape(len(grad_out), -1, grad_out.shape[-1]).sum(1, dtype=fisher.dtype)
+    fisher += per_sample.square_().sum(0)
+
+
+register_rule(nn.Linear, LinearRule())
+# PEFT's LoRA layers hold plain nn.Linear modules. MultiheadAttention's output projection is a
+# subclass that its module reads functionally; the stray-use detection would catch it, too.
+register_rule("transformers.pytorch_utils.Conv1D", Conv1DRule())

@@ -1,0 +1,150 @@
+"""The default loss: each sample's negative log-likelihood, summed over its own labels.
+
+``-log p(y_n | x_n)`` is a sum over the sample's tokens, never a mean: the Fisher information
+squares its gradient, and a mean would weigh the samples by their lengths.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+LossFn = Callable[[nn.Module, Any], Tensor]
+
+IGNORED = -100
+_REMEDY = "pass loss_fn(model, batch) -> per-sample losses [N]"
+
+
+def default_loss(model: nn.Module) -> LossFn:
+    """A loss for models whose output has ``.logits``; it checks itself on the first batch.
+
+    Classification ([N, C] logits, integer labels), regression ([N] or [N, 1], float labels,
+    Gaussian with unit variance: ``0.5 (y - f)^2``), and tokens ([N, T, C]; shifted by one for
+    causal language models and for nothing else), -100 ignored.
+    """
+    checked = False
+
+    def loss_fn(model: nn.Module, batch: Any) -> Tensor:
+        nonlocal checked
+        labels = _labels(batch)
+        outputs = _call(model, batch, with_labels=not checked or is_encoder_decoder(model))
+        losses = sample_losses(model, _logits(outputs), labels)
+        if not checked:
+            _check_own_loss(model, outputs, losses.detach(), labels)
+            checked = True
+        return losses
+
+    return loss_fn
+
+
+def sample_losses(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
+    """Per-sample negative log-likelihoods [N], in float32.
+
+    Raises:
+        ValueError: The shapes and dtypes are none that the default loss knows.
+    """
+    logits = logits.float() if logits.dtype != torch.float64 else logits
+    integer = not (labels.is_floating_point() or labels.is_complex())
+    if logits.dim() == 3 and integer and labels.shape[:1] == logits.shape[:1]:
+        if shifts(model):
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        if logits.shape[:2] == labels.shape:
+            token = F.cross_entropy(
+                logits.transpose(1, 2), labels.long(), ignore_index=IGNORED, reduction="none"
+            )
+            return token.sum(1)
+    if logits.dim() == 2 and integer and labels.numel() == len(logits):
+        return F.cross_entropy(logits, labels.view(-1).long(), reduction="none")
+    if not integer and labels.numel() == logits.numel() == len(logits):
+        return 0.5 * (logits.view(-1) - labels.view(-1).to(logits.dtype)).square()
+    raise ValueError(
+        f"no default loss for logits {list(logits.shape)} with labels {list(labels.shape)} of "
+        f"{labels.dtype}; {_REMEDY}"
+    )
+
+
+def shifts(model: nn.Module) -> bool:
+    """Whether token t's logits predict label t + 1: decided by the model's class.
+
+    Raises:
+        ValueError: The class does not say.
+    """
+    name = type(base_model(model)).__name__
+    if is_encoder_decoder(model) or re.search("ForTokenClassification|ForMaskedLM", name):
+        return False
+    if re.search("ForCausalLM|LMHeadModel|ForConditionalGeneration|DoubleHeadsModel", name):
+        return True
+    raise ValueError(
+        f"{name} does not say whether its logits are shifted against the labels (it is called "
+        f"neither ForCausalLM, ForTokenClassification nor ForMaskedLM); {_REMEDY}"
+    )
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether the model makes its decoder's inputs from the labels."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The model inside PEFT's wrapper."""
+    inner = getattr(model, "get_base_model", None)
+    base: nn.Module = inner() if callable(inner) else model
+    return base
+
+
+def _labels(batch: Any) -> Tensor:
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    if not isinstance(labels, Tensor):
+        found = ", ".join(batch) if isinstance(batch, Mapping) else type(batch).__name__
+        raise ValueError(f"the batch has no tensor 'labels' (found: {found}); {_REMEDY}")
+    return labels
+
+
+def _call(model: nn.Module, batch: Mapping[str, Any], *, with_labels: bool) -> Any:
+    """The model's outputs. Its own loss costs time, so labels are left out once it was checked."""
+    if with_labels:
+        try:
+            return model(**batch)
+        except TypeError as error:
+            if "labels" not in str(error):
+                raise  # the caller's own error, not a forward without labels
+    return model(**{key: value for key, value in batch.items() if key != "labels"})
+
+
+def _logits(outputs: Any) -> Tensor:
+    logits = getattr(outputs, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise ValueError(f"the model returns {type(outputs).__name__} without .logits; {_REMEDY}")
+    return logits
+
+
+def _check_own_loss(model: nn.Module, outputs: Any, losses: Tensor, labels: Tensor) -> None:
+    """The model's own loss must be a reduction of ours; else we would score something else."""
+    own = getattr(outputs, "loss", None)
+    if not isinstance(own, Tensor) or own.numel() != 1:
+        return
+    total, num_samples = losses.sum().double(), len(losses)
+    reductions = {"sum": total, "mean over samples": total / num_samples}
+    if labels.dim() > 1 and not labels.is_floating_point():
+        counted = labels[:, 1:] if shifts(model) else labels
+        num_tokens = (counted != IGNORED).sum().clamp(min=1)
+        reductions["mean over tokens"] = total / num_tokens
+    if labels.is_floating_point():
+        reductions["mean squared error"] = 2 * total / num_samples  # ours has the factor 0.5
+    half = outputs.logits.dtype in (torch.float16, torch.bfloat16)
+    tolerance = 5e-2 if half or torch.is_autocast_enabled(own.device.type) else 1e-3
+    if any(
+        torch.allclose(own.double(), value, rtol=tolerance, atol=tolerance * 1e-2)
+        for value in reductions.values()
+    ):
+        return
+    found = ", ".join(f"{name} {value.item():.5g}" for name, value in reductions.items())
+    raise ValueError(
+        f"the model's own loss is {own.item():.5g}, but the default loss gives {found}: "
+        f"{type(base_model(model)).__name__} trains on something else; {_REMEDY}"
+    )

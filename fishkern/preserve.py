@@ -1,0 +1,131 @@
+"""Everything that scoring touches in a model is put back, also after an exception."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+
+class NoDropout(TorchFunctionMode):
+    """Makes functional dropout the identity, for layers that must stay in training mode."""
+
+    identities = frozenset(
+        [
+            F.dropout,
+            F.dropout1d,
+            F.dropout2d,
+            F.dropout3d,
+            F.alpha_dropout,
+            F.feature_alpha_dropout,
+            torch.dropout,
+            torch.alpha_dropout,
+            torch.feature_dropout,
+            torch.feature_alpha_dropout,
+        ]
+    )
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Skip dropout; run attention without it; pass everything else on."""
+        kwargs = dict(kwargs or {})
+        if func in self.identities:
+            return args[0] if args else kwargs["input"]
+        if func is F.scaled_dot_product_attention:
+            args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
+            if "dropout_p" in kwargs:
+                kwargs["dropout_p"] = 0.0
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def scoring_mode(model: nn.Module, candidates: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Dropout off, norms in eval, ``.grad`` free for the candidates; all as before afterwards.
+
+    transformers skips checkpointing in eval mode. Layers that checkpoint therefore stay in
+    training mode themselves (their submodules do not), with dropout made the identity.
+    """
+    candidates = list(candidates)
+    with ExitStack() as stack:
+        stack.enter_context(_random_state())
+        stack.enter_context(_restored(_training_flags(model)))
+        stack.enter_context(_restored([_grad_flag(p) for p in model.parameters()]))
+        stack.enter_context(_restored([_grad(p) for p in candidates]))
+        stack.enter_context(_buffers(model))
+        for param in candidates:
+            param.grad = None
+        checkpointing = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
+        for module in model.modules():
+            module.training = False
+        for module in checkpointing:
+            module.training = True
+        if checkpointing:
+            stack.enter_context(NoDropout())
+        yield
+
+
+Restore = Callable[[], Any]
+
+
+@contextmanager
+def _restored(undo: Iterable[Restore]) -> Iterator[None]:
+    undo = list(undo)
+    try:
+        yield
+    finally:
+        for restore in undo:
+            restore()
+
+
+def _training_flags(model: nn.Module) -> list[Restore]:
+    def restore(module: nn.Module, training: bool) -> Restore:
+        return lambda: setattr(module, "training", training)
+
+    return [restore(module, module.training) for module in model.modules()]
+
+
+def _grad_flag(param: nn.Parameter) -> Restore:
+    required = param.requires_grad
+    return lambda: param.requires_grad_(required)
+
+
+def _grad(param: nn.Parameter) -> Restore:
+    grad = param.grad
+    return lambda: setattr(param, "grad", grad)
+
+
+@contextmanager
+def _buffers(model: nn.Module) -> Iterator[None]:
+    """Buffers that the forward changes or replaces (running statistics, caches) are put back."""
+    before: list[tuple[nn.Module, str, Tensor, int, Tensor]] = [
+        (module, name, buffer, buffer._version, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for module, name, buffer, version, copy in before:
+                if buffer._version != version:
+                    buffer.copy_(copy)
+                module._buffers[name] = buffer
+
+
+@contextmanager
+def _random_state() -> Iterator[None]:
+    state = random.getstate()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    try:
+        with torch.random.fork_rng(devices=list(devices)):
+            yield
+    finally:
+        random.setstate(state)

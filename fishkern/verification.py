@@ -1,0 +1,86 @@
+"""The self-check of scoring: a few samples again, by plain one-sample autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["FisherVerificationError", "verify_scores"]
+
+
+class FisherVerificationError(RuntimeError):
+    """The batched scores of some samples are not those of one-sample autograd."""
+
+
+class Scoring(Protocol):
+    """What the check needs of the scoring in progress."""
+
+    scores: dict[str, Tensor]
+    candidates: Mapping[str, nn.Parameter]
+
+    def one_sample_passes(
+        self,
+        batch: Any,
+        size: int,
+        chosen: Iterable[int],
+        names: Iterable[str],
+        use: Callable[[str, Tensor], None],
+    ) -> None:
+        """Plain autograd, a sample at a time."""
+
+
+def verify_scores(scoring: Scoring, batch: Any, size: int, count: int, names: list[str]) -> None:
+    """``scoring.scores`` hold the fused scores of the first ``count`` samples: check them.
+
+    The one-sample squares are subtracted in place, so that no second set of scores is needed. The
+    rest must be rounding, on the scale of the tensor, or on that of the whole model: some scores
+    are zero in exact arithmetic (attention's key bias) and hold only noise.
+
+    Raises:
+        FisherVerificationError: It is not.
+    """
+    scale = {name: _norm(scoring.scores[name]) for name in names}
+
+    def subtract(name: str, grad: Tensor) -> None:
+        scores = scoring.scores[name]
+        scores -= grad.to_dense().to(scores).square()
+
+    scoring.one_sample_passes(batch, size, range(count), names, subtract)
+    rest = {name: _norm(scoring.scores[name]) for name in names}
+    entries = {name: scoring.scores[name].numel() for name in names}
+    # The root mean square over the model; half of it may be missing (a rule that gave zeros).
+    squares = sum(max(scale[n], rest[n]) ** 2 for n in names)
+    typical = (squares / max(sum(entries.values()), 1)) ** 0.5
+    tolerance = _tolerance(scoring.candidates[name] for name in names)
+    wrong = {
+        name: rest[name] / max(scale[name], 1e-30)
+        for name in names
+        if not rest[name] <= tolerance * (scale[name] + 1e-3 * typical * entries[name] ** 0.5)
+    }
+    if wrong:
+        worst = sorted(wrong, key=lambda name: -wrong[name])[:3]
+        raise FisherVerificationError(
+            f"the batched scores of {len(wrong)} parameters differ from one-sample autograd: "
+            + ", ".join(f"{name} by {wrong[name]:.1%}" for name in worst)
+            + f" (tolerance {tolerance:.1%}). Do the samples depend on each other, or is loss_fn "
+            "not a loss per sample? If a module mixes its samples on purpose, leave its "
+            "parameters out with params="
+        )
+
+
+def _norm(scores: Tensor) -> float:
+    return float(torch.linalg.vector_norm(scores, dtype=torch.float64))
+
+
+def _tolerance(params: Iterable[nn.Parameter]) -> float:
+    """Rounding of a squared gradient, generously: a wrong score is off by its own size."""
+    params = list(params)
+    half = (torch.float16, torch.bfloat16)
+    device = params[0].device.type if params else "cpu"
+    if torch.is_autocast_enabled(device) or any(param.dtype in half for param in params):
+        return 0.2
+    tf32 = device == "cuda" and torch.backends.cuda.matmul.allow_tf32
+    return 1e-2 if tf32 else 1e-3
