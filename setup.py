@@ -6,11 +6,10 @@ imported while building (``pip install --no-build-isolation``), the library is c
 """
 
 import importlib.util
-import os
 import shutil
 from pathlib import Path
 
-from setuptools import Distribution, setup
+from setuptools import Distribution, find_packages, setup
 from setuptools.command.build_py import build_py
 
 try:
@@ -19,12 +18,6 @@ except ImportError:  # setuptools < 70.1 has it in the wheel package
     from wheel.bdist_wheel import bdist_wheel
 
 ROOT = Path(__file__).resolve().parent
-BUILD_MODE = os.environ.get("FISHKERN_BUILD", "auto")
-
-
-def can_prebuild() -> bool:
-    """Whether the native library can be compiled in this environment."""
-    return BUILD_MODE != "none" and importlib.util.find_spec("torch") is not None
 
 
 def load_builder():
@@ -36,29 +29,49 @@ def load_builder():
     return module
 
 
+builder = load_builder()
+MODE = builder.mode()  # FISHKERN_BUILD, checked
+
+
+def can_prebuild():
+    """Whether the native library is to be compiled in this environment."""
+    if importlib.util.find_spec("torch") is not None:
+        return MODE != "none"
+    if MODE == "cpu":
+        raise builder.BuildError(
+            "FISHKERN_BUILD=cpu compiles while installing, which needs torch, and there is none in "
+            "this environment: install torch first and pass --no-build-isolation"
+        )
+    return False
+
+
 class BuildPy(build_py):
-    """Copy ``csrc/`` into the package and, where possible, compile it."""
+    """Copies ``csrc/`` into the package and, where possible, compiles it."""
 
     def run(self):
+        """Leave an editable install alone: it reads csrc/ in place, compiling on first use."""
         super().run()
         if self.editable_mode:
-            return  # an editable install reads csrc/ in place and compiles on first use
+            return
         package = Path(self.build_lib) / "fishkern"
-        shutil.copytree(ROOT / "csrc", package / "csrc", dirs_exist_ok=True)
+        shutil.rmtree(package / "csrc", ignore_errors=True)  # what an earlier build left
+        shutil.copytree(ROOT / "csrc", package / "csrc")
+        library = package / "backends" / "native" / builder.LIBRARY
+        library.unlink(missing_ok=True)
         if can_prebuild():
-            builder = load_builder()
             try:
-                builder.build(package / "csrc", package / "backends" / "native" / builder.LIBRARY)
+                builder.build((package / "csrc").resolve(), library)
             except builder.BuildError as error:
-                if BUILD_MODE != "auto":
+                if MODE != "auto":
                     raise
-                print(f"fishkern: native kernels not prebuilt: {error}")
+                print(f"fishkern: the C++ kernels are not prebuilt: {error}")
 
 
 class BinaryWheel(bdist_wheel):
     """A wheel with a prebuilt library depends on the platform, but not on the Python version."""
 
     def get_tag(self):
+        """Return the tag of the file's name: python, ABI, platform."""
         _, _, platform = super().get_tag()
         return ("py3", "none", platform)
 
@@ -67,20 +80,13 @@ class BinaryDistribution(Distribution):
     """Says that the platform matters where a library is prebuilt."""
 
     def has_ext_modules(self):
+        """Return whether the wheel holds compiled code."""
         return can_prebuild()
 
 
 setup(
     distclass=BinaryDistribution,
     cmdclass={"build_py": BuildPy, "bdist_wheel": BinaryWheel},
+    packages=find_packages(include=["fishkern", "fishkern.*"]),
     package_data={"fishkern": ["py.typed"]},
-    packages=[
-        "fishkern",
-        "fishkern.backends",
-        "fishkern.backends.native",
-        "fishkern.backends.reference",
-        "fishkern.backends.triton",
-        "fishkern.integrations",
-        "fishkern.interception",
-    ],
 )

@@ -24,6 +24,7 @@ PREFERENCE = {
 }
 BACKENDS = ("native", "triton", "reference")
 
+# Not per thread: autograd runs backward passes, and the ops in them, in threads of its own.
 _forced: str | None = None
 
 
@@ -44,33 +45,46 @@ def choose(op: str, device_type: str) -> Callable[..., Any]:
     """The function that runs ``op`` on tensors of ``device_type``.
 
     Raises:
+        ValueError: ``FISHKERN_BACKEND`` is not a backend's name.
         RuntimeError: An explicitly chosen backend is not available or does not have the op.
     """
-    return _choose(op, device_type, _forced or os.environ.get("FISHKERN_BACKEND") or None)
+    return _choose(op, device_type, _explicit())[1]
+
+
+def chosen(op: str, device_type: str) -> str:
+    """The name of the backend that ``choose`` takes."""
+    return _choose(op, device_type, _explicit())[0]
+
+
+def _explicit() -> str | None:
+    name = _forced or os.environ.get("FISHKERN_BACKEND") or None
+    return name if name is None else _known(name)
+
+
+def _known(name: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"no backend is named {name!r}: choose one of {', '.join(BACKENDS)}")
+    return name
 
 
 @cache
-def _choose(op: str, device_type: str, forced: str | None) -> Callable[..., Any]:
-    if forced is not None:
-        return _explicit(op, device_type, forced)
+def _choose(op: str, device_type: str, explicit: str | None) -> tuple[str, Callable[..., Any]]:
+    if explicit is not None:
+        return explicit, _insist(op, device_type, explicit)
     for name in PREFERENCE.get(device_type, ("reference",)):
+        if device_type not in importlib.import_module(f"fishkern.backends.{name}").DEVICES:
+            continue  # before it is built or loaded
         module, reason = backend(name)
         if module is None:
-            warnings.warn(
-                f"fishkern's {name} kernels are not available: {reason}. "
-                f"Slower code runs in their place; `python -m fishkern` shows what is used.",
-                RuntimeWarning,
-                stacklevel=4,
-            )
-        elif device_type in module.DEVICES and hasattr(module, op):
-            function: Callable[..., Any] = getattr(module, op)
-            return function
-    raise RuntimeError(f"no backend runs {op!r} on {device_type!r}")  # reference runs everything
+            _warn_missing(name, reason)
+        elif hasattr(module, op):
+            return name, getattr(module, op)
+    raise RuntimeError(
+        f"no backend runs {op!r} on {device_type!r}: move the tensors to the CPU or a CUDA device"
+    )
 
 
-def _explicit(op: str, device_type: str, name: str) -> Callable[..., Any]:
-    if name not in BACKENDS:
-        raise RuntimeError(f"no backend named {name!r}: choose one of {', '.join(BACKENDS)}")
+def _insist(op: str, device_type: str, name: str) -> Callable[..., Any]:
     module, reason = backend(name)
     if module is None:
         raise RuntimeError(f"the backend {name!r} was asked for but is not available: {reason}")
@@ -83,11 +97,22 @@ def _explicit(op: str, device_type: str, name: str) -> Callable[..., Any]:
     return function
 
 
+@cache  # once per process, whatever the warning filters are
+def _warn_missing(name: str, reason: str) -> None:
+    warnings.warn(
+        f"fishkern's {name} kernels are not available: {reason}. "
+        f"Slower code runs in their place; `python -m fishkern` shows what is used.",
+        RuntimeWarning,
+        stacklevel=5,
+    )
+
+
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Run every op inside the context on one backend: "native", "triton" or "reference".
 
     Raises:
+        ValueError: No backend has this name.
         RuntimeError: At the first op that the backend does not run.
 
     Example:
@@ -99,7 +124,7 @@ def use_backend(name: str) -> Iterator[None]:
         6.0
     """
     global _forced
-    before, _forced = _forced, name
+    before, _forced = _forced, _known(name)
     try:
         yield
     finally:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from functools import cache
 
 import torch
@@ -17,13 +16,28 @@ DEVICES = ("cpu",)
 
 @cache
 def unavailable() -> str | None:
-    """None once the library is loaded, else why it could not be, and the remedy."""
-    if os.environ.get("FISHKERN_BUILD") == "none":
+    """None once the library is loaded, else why it could not be, and the remedy.
+
+    Raises:
+        BuildError: ``FISHKERN_BUILD`` insists on the library, and it cannot be built or loaded.
+    """
+    mode = build.mode()
+    if mode == "none":
         return "FISHKERN_BUILD=none is set; unset it to build the C++ kernels on first use"
     try:
-        torch.ops.load_library(build.library())
+        _load()
     except build.BuildError as error:
+        if mode != "auto":
+            raise
         return str(error)
-    except OSError as error:
-        return f"the C++ library could not be loaded ({error}); remove {build.cache_dir()}"
     return None
+
+
+def _load() -> None:
+    library = build.library()
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:
+        raise build.BuildError(
+            f"the C++ library does not load ({error}); remove {library} to have it built again"
+        ) from error

@@ -10,20 +10,31 @@ This module imports nothing of fishkern: ``setup.py`` uses it too.
 from __future__ import annotations
 
 import atexit
-import fcntl
 import hashlib
 import importlib.util
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 LIBRARY = "libfishkern_native.so"
+MODES = ("auto", "none", "cpu", "cuda")
 
-# Kernels in csrc/cpu/simd are compiled once for each of these and chosen at run time.
+FLAGS = [
+    *("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden"),
+    *("-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-deprecated-declarations"),
+    "-Wno-attributes",
+    "-DTORCH_TARGET_VERSION=0x020a000000000000",  # the oldest torch supported: 2.10
+]
+
+# Kernels in csrc/cpu/simd are compiled once for each of these and chosen at run time. The
+# baseline is linked first: its copy of an inline function that all of them share is kept.
 INSTRUCTION_SETS = {
     "baseline": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
@@ -35,27 +46,49 @@ class BuildError(RuntimeError):
     """The library cannot be built here; the message says why and what to do."""
 
 
+def mode() -> str:
+    """What the environment variable ``FISHKERN_BUILD`` asks for.
+
+    "auto" (the default) builds what can be built, "none" nothing; "cpu" and "cuda" insist.
+
+    Raises:
+        BuildError: The value is none of these, or can never be met.
+    """
+    value = os.environ.get("FISHKERN_BUILD") or "auto"
+    if value not in MODES:
+        raise BuildError(f"FISHKERN_BUILD is {value!r}: set it to one of {', '.join(MODES)}")
+    if value == "cuda":
+        raise BuildError(
+            "FISHKERN_BUILD=cuda asks for CUDA C++ kernels, but this version has none (its GPU "
+            "kernels are written in Triton and need no build): set it to auto or cpu"
+        )
+    return value
+
+
 def library() -> Path:
     """The library: prebuilt beside this file, cached, or built now.
 
     Raises:
-        BuildError: There is no compiler, or it failed.
+        BuildError: It has to be built, and something for that is missing or failed.
     """
     prebuilt = Path(__file__).parent / LIBRARY
     if prebuilt.exists():
         return prebuilt
     csrc = source_dir()
-    compiler = _compiler()
-    target = cache_dir() / _key(csrc, compiler) / LIBRARY
+    target = cache_dir() / _key(csrc) / LIBRARY
     if target.exists():
         return target
-    folder = _writable(target.parent)
-    with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # released by the system should this process die
-        target = folder / LIBRARY
-        if not target.exists():
-            print("fishkern: building the C++ kernels (once, less than a minute)", file=sys.stderr)
-            build(csrc, target)
+    try:
+        target = _writable(target.parent) / LIBRARY
+        with _locked(target.parent):
+            if not target.exists():
+                print("fishkern: building the C++ kernels (once, about a minute)", file=sys.stderr)
+                build(csrc, target)
+    except OSError as error:
+        raise BuildError(
+            f"the C++ kernels could not be built ({error}); set FISHKERN_CACHE and TMPDIR to "
+            f"folders that can be written"
+        ) from error
     return target
 
 
@@ -71,8 +104,11 @@ def source_dir() -> Path:
 def cache_dir() -> Path:
     """``FISHKERN_CACHE``, or fishkern's folder in the user's cache."""
     if path := os.environ.get("FISHKERN_CACHE"):
-        return Path(path)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fishkern"
+        return Path(path).expanduser().resolve()
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fishkern"
+    except RuntimeError as error:  # no HOME, and a user that the system does not know
+        raise BuildError(f"{error} Set FISHKERN_CACHE to a folder for the C++ kernels") from error
 
 
 def build(csrc: Path, target: Path) -> None:
@@ -83,64 +119,80 @@ def build(csrc: Path, target: Path) -> None:
     """
     compiler, ninja = _compiler(), _ninja()
     with tempfile.TemporaryDirectory(prefix="fishkern-build-") as folder:
-        Path(folder, "build.ninja").write_text(_ninja_file(csrc, compiler))
-        run = subprocess.run([ninja, "-C", folder], capture_output=True, text=True)
+        Path(folder, "build.ninja").write_text(ninja_file(csrc, compiler))
+        jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
+        run = subprocess.run([ninja, "-C", folder, *jobs], capture_output=True, text=True)
         if run.returncode:
-            raise BuildError(f"the C++ kernels do not compile with {compiler}:\n{run.stdout[-4000:]}")
+            raise BuildError(
+                f"the C++ kernels do not compile with {' '.join(compiler)}; set CXX to a working "
+                f"compiler for C++20, such as g++ 10 or newer. It said:\n"
+                f"{_first_error(run.stdout + run.stderr)}"
+            )
         target.parent.mkdir(parents=True, exist_ok=True)
         staged = target.with_suffix(f".{os.getpid()}")
         shutil.copy2(Path(folder, LIBRARY), staged)
         os.replace(staged, target)
 
 
-def _ninja_file(csrc: Path, compiler: str) -> str:
+def ninja_file(csrc: Path, compiler: list[str]) -> str:
+    """The rules: every source in ``csrc`` to an object, all of them to the library."""
     torch_dir = _torch_dir()
     include = torch_dir / "include"
-    flags = [
-        "-std=c++20 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-unused-parameter",
-        "-Wno-deprecated-declarations -Wno-attributes",
-        "-DTORCH_TARGET_VERSION=0x020a000000000000",  # the oldest torch supported: 2.10
-        f"-I{csrc} -isystem {include} -isystem {include / 'torch' / 'csrc' / 'api' / 'include'}",
+    command = shlex.join(compiler)
+    headers = [
+        *("-I", csrc, "-isystem", include),
+        *("-isystem", include / "torch" / "csrc" / "api" / "include"),
     ]
+    flags = shlex.join([*FLAGS, *map(str, headers)])
+    link = shlex.join(["-L", str(torch_dir / "lib"), "-ltorch_cpu", "-lc10"])
     lines = [
-        f"flags = {' '.join(flags)}",
         "rule compile",
-        f"  command = {compiler} $flags $extra -MMD -MF $out.d -c $in -o $out",
+        f"  command = {_escape(f'{command} {flags}')} $extra -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "rule link",
-        f"  command = {compiler} -shared $in -o $out -L{torch_dir / 'lib'} -ltorch_cpu -lc10",
+        f"  command = {_escape(command)} -shared $in -o $out {_escape(link)}",
     ]
     objects = []
     for source in sorted(csrc.glob("*.cpp")) + sorted(csrc.glob("cpu/*.cpp")):
         objects.append(f"{source.stem}.o")
-        lines.append(f"build {objects[-1]}: compile {source}")
+        lines.append(f"build {objects[-1]}: compile {_escape_path(source)}")
     sets = INSTRUCTION_SETS if platform.machine() in ("x86_64", "AMD64") else {"baseline": []}
-    for source in sorted(csrc.glob("cpu/simd/*.cpp")):
-        for name, options in sets.items():
+    for name, options in sets.items():
+        for source in sorted(csrc.glob("cpu/simd/*.cpp")):
             objects.append(f"{source.stem}.{name}.o")
-            lines.append(f"build {objects[-1]}: compile {source}")
+            lines.append(f"build {objects[-1]}: compile {_escape_path(source)}")
             lines.append(f"  extra = -DFISHKERN_ISA={name} {' '.join(options)}")
     lines.append(f"build {LIBRARY}: link {' '.join(objects)}")
     return "\n".join(lines) + "\n"
 
 
-def _compiler() -> str:
+def _escape(text: str) -> str:
+    return text.replace("$", "$$")
+
+
+def _escape_path(path: Path) -> str:
+    return _escape(str(path)).replace(" ", "$ ").replace(":", "$:")
+
+
+def _compiler() -> list[str]:
+    if platform.system() != "Linux":
+        raise BuildError(f"the C++ kernels are built on Linux only, not on {platform.system()}")
     asked = os.environ.get("CXX")
-    for name in [asked] if asked else ["c++", "g++", "clang++"]:
-        if path := shutil.which(name):
-            return path
+    for command in [shlex.split(asked)] if asked else [["c++"], ["g++"], ["clang++"]]:
+        if path := shutil.which(command[0]):
+            return [path, *command[1:]]  # CXX may be "ccache g++"
     what = f"the compiler CXX={asked}" if asked else "a C++ compiler (c++, g++ or clang++)"
     raise BuildError(f"{what} was not found on the PATH; install g++ 10 or newer, or set CXX")
 
 
 def _ninja() -> str:
-    if spec := importlib.util.find_spec("ninja"):
+    if importlib.util.find_spec("ninja"):
         import ninja
 
-        if spec.origin and (path := Path(ninja.BIN_DIR, "ninja")).exists():
+        if (path := Path(ninja.BIN_DIR, "ninja")).exists():
             return str(path)
-    if path := shutil.which("ninja"):
-        return path
+    if found := shutil.which("ninja"):
+        return found
     raise BuildError("ninja was not found; run `pip install ninja`")
 
 
@@ -151,16 +203,22 @@ def _torch_dir() -> Path:
     return Path(spec.origin).parent
 
 
-def _key(csrc: Path, compiler: str) -> str:
-    """A name for the build: everything that the compiled library depends on."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
-    digest = hashlib.sha256()
-    for part in (_ninja_file(csrc, compiler), version, (_torch_dir() / "version.py").read_text()):
-        digest.update(part.encode())
+def _key(csrc: Path) -> str:
+    """A name for the build, from all that the library depends on."""
+    digest = hashlib.sha256(repr((FLAGS, INSTRUCTION_SETS)).encode())
+    machine = (platform.machine(), platform.libc_ver(), os.environ.get("CXX"))
+    digest.update(repr(machine).encode() + (_torch_dir() / "version.py").read_bytes())
     for source in sorted(csrc.rglob("*")):
         if source.suffix in (".cpp", ".h"):
-            digest.update(source.read_bytes())
+            digest.update(str(source.relative_to(csrc)).encode() + source.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def _first_error(output: str, lines: int = 8) -> str:
+    """The compiler's first complaint: the rest mostly follows from it."""
+    text = output.splitlines()
+    first = next((i for i, line in enumerate(text) if "error" in line), max(0, len(text) - lines))
+    return "\n".join(text[first : first + lines])
 
 
 def _writable(folder: Path) -> Path:
@@ -178,3 +236,14 @@ def _writable(folder: Path) -> Path:
             file=sys.stderr,
         )
         return temporary
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Wait while another process builds in ``folder``; a dead process holds no lock."""
+    import fcntl  # not on Windows
+
+    with open(folder / "lock", "w") as lock:
+        with suppress(OSError):  # a file system without locks: at worst it is built twice
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
