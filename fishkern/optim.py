@@ -1,0 +1,328 @@
+"""FishSparseAdamW: AdamW on the selected entries, with optimizer state for these alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fishkern.masks import SparseMask
+from fishkern.optim_roles import (
+    UNLISTED,
+    admit,
+    check_answered,
+    check_dense,
+    check_distinct,
+    check_floating,
+    group_owners,
+    index_of,
+    leaf_owner,
+    name_all,
+)
+from fishkern.optim_state import (
+    agree,
+    check_groups,
+    check_mask,
+    pack_mask,
+    unpack_groups,
+    unpack_masks,
+    unpack_state,
+)
+from fishkern.optim_step import Plan, gather, make_plan, run, scaling
+
+__all__ = ["FishSparseAdamW"]
+
+
+class FishSparseAdamW(torch.optim.Optimizer):
+    r"""AdamW that trains the entries in a mask and keeps state for nothing else.
+
+    In place of ``torch.optim.AdamW`` in any loop. With p the selected values and g the selected
+    gradient of a parameter, in float32, at step t::
+
+        p = p (1 - lr weight_decay)
+        m = beta1 m + (1 - beta1) g
+        v = beta2 v + (1 - beta2) g^2
+        p = p - lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
+
+    Outside the mask not one bit changes: no decay, no rounding. The state is ``step`` (0-d
+    float32), ``exp_avg`` and ``exp_avg_sq`` (with ``amsgrad`` also ``max_exp_avg_sq``): ``[k]``
+    float32 for k selected entries, of the parameter's shape where all of it is trained, and also
+    float32 where the parameter is bfloat16 or float16 (float64 where it is float64). It is built in
+    the first step. The mask travels in ``state_dict()["param_groups"]``.
+
+    Args:
+        params: As AdamW: parameters, (name, parameter) pairs, or groups of either. With a mask they
+            need names: pass ``model.named_parameters()``. Frozen parameters outside the mask are
+            left out.
+        lr: Learning rate, a number or a tensor of one element.
+        betas: Decay rates of the two moments.
+        eps: Added to the denominator.
+        weight_decay: Decoupled decay, of the selected entries only.
+        amsgrad: Divide by the running maximum of the second moment.
+        mask: What to train; ``mask.bind(model)`` where a loop passes parameters without names.
+            None trains everything given, as ``torch.optim.AdamW``.
+        unlisted: What becomes of a trainable parameter that the mask does not know: "error",
+            "train" (the whole of it) or "freeze" (it stays in its group, but never changes).
+        maximize: Ascend instead of descend.
+        foreach: Accepted as by AdamW, without effect: all tensors take one launch anyway.
+        capturable: Keep the step counts on the parameters' device, for CUDA graphs.
+        differentiable: Not available.
+        fused: Accepted as by AdamW, without effect.
+        state_dtype: The moments' type; float32 is the only one in this version.
+        check_numerics: Not available in this version.
+
+    Raises:
+        ValueError: An argument out of range; a parameter that does not fit its mask, that the mask
+            does not know, or that appears twice. At the first step: a mask entry that no parameter
+            answers to.
+        TypeError: ``mask`` is not a SparseMask.
+
+    Example:
+        >>> import torch, fishkern
+        >>> model = torch.nn.Linear(3, 2, bias=False)
+        >>> mask = fishkern.SparseMask({"weight": torch.tensor([1, 5])}, {"weight": (2, 3)})
+        >>> optimizer = FishSparseAdamW(model.named_parameters(), lr=0.1, mask=mask)
+        >>> before = model.weight.detach().clone()
+        >>> model(torch.ones(1, 3)).sum().backward()
+        >>> optimizer.step()
+        >>> (model.weight != before).flatten().nonzero().flatten().tolist()
+        [1, 5]
+    """
+
+    _step_supports_amp_scaling = True  # GradScaler sets grad_scale and found_inf around step()
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        mask: SparseMask | None = None,
+        unlisted: str = "error",
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        state_dtype: torch.dtype = torch.float32,
+        check_numerics: bool = False,
+    ) -> None:
+        _check_options(mask, unlisted, differentiable, state_dtype, check_numerics)
+        # AdamW itself checks its arguments, so that they are refused as in the installed torch.
+        defaults = torch.optim.AdamW(
+            [torch.zeros(1)],
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            maximize=maximize,
+            foreach=foreach,
+            capturable=capturable,
+            fused=fused,
+        ).defaults
+        self._mask = mask
+        self._unlisted = unlisted
+        self._mask_is_computed = False  # then a checkpoint's mask takes its place
+        self._plans: dict[int, Plan] = {}
+        groups = _as_groups(params)
+        # A leaf and its dense parameter may stand in different groups: look at all of them first.
+        self._owners: set[str] = set() if mask is None else group_owners(groups)
+        super().__init__(groups, defaults)
+        self.register_state_dict_post_hook(_add_masks, prepend=True)
+
+    @property
+    def mask(self) -> SparseMask | None:
+        """What is trained; from the first step on its indices are beside the parameters."""
+        return self._mask
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as in torch; names and mask are checked before anything changes.
+
+        Raises:
+            ValueError: As the constructor.
+        """
+        group = param_group
+        if isinstance(group, dict) and not isinstance(group["params"], set):
+            (group,) = _as_groups([group])
+            self._admit(group)
+        super().add_param_group(group)
+        self._plans.clear()
+
+    def _admit(self, group: dict[str, Any]) -> None:
+        """Name the group's parameters, and drop those that the mask leaves out."""
+        names, params = group.pop("param_names", None), group["params"]
+        pairs = name_all(params, names, self._mask)
+        if pairs is not None:
+            if self._mask is not None:
+                owners = group_owners([*self.param_groups, {"params": pairs}])
+                pairs = admit(pairs, self._mask, self._unlisted, owners | self._owners)
+            names, params = [name for name, _ in pairs], [param for _, param in pairs]
+            group["param_names"], group["params"] = names, params
+        before = set(chain.from_iterable(g.get("param_names", ()) for g in self.param_groups))
+        check_distinct(names or (), params, before)
+        for i, param in enumerate(params):
+            if isinstance(param, Tensor) and param.requires_grad:
+                check_floating(names[i] if names else f"parameter {i}", param)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update the selected entries of every parameter that has a gradient.
+
+        Args:
+            closure: Evaluates the model again and returns the loss.
+
+        Returns:
+            What the closure returned.
+
+        Raises:
+            ValueError: The mask has an entry that no parameter answers to.
+            RuntimeError: A gradient is sparse, or a GradScaler has checked none.
+        """
+        self._accelerator_graph_capture_health_check()
+        plans = [self._plan(i, group) for i, group in enumerate(self.param_groups)]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.no_grad():
+            amp = scaling(self)
+            if amp is None:
+                return loss
+            # Everything is gathered before the first launch: a refusal leaves all as it was.
+            launches = [
+                (launch, group)
+                for plan, group in zip(plans, self.param_groups, strict=True)
+                for batch in plan.batches
+                if (launch := gather(batch, self.state, group)) is not None
+            ]
+            for launch, group in launches:
+                run(launch, group, *amp)
+        return loss
+
+    def _plan(self, i: int, group: dict[str, Any]) -> Plan:
+        """The plan of group i, made anew if somebody has exchanged or moved its parameters."""
+        plan = self._plans.get(i)
+        if plan is not None and plan.holds(group["params"]):
+            return plan
+        indices = self._indices(group)
+        if plan is not None and len(plan.params) == len(group["params"]):
+            for old, new in zip(plan.params, group["params"], strict=True):
+                if old is not new and old in self.state and not self.state.get(new):
+                    self.state[new] = self.state.pop(old)
+        self._plans[i] = make_plan(group["params"], indices)
+        return self._plans[i]
+
+    def _indices(self, group: dict[str, Any]) -> list[Tensor | None]:
+        """For each of the group's parameters the positions to train, None for all."""
+        params = group["params"]
+        if self._mask is None:
+            return [None] * len(params)
+        names = group.get("param_names", ())
+        if len(names) != len(params):
+            raise ValueError(
+                f"a group has {len(params)} parameters but {len(names)} param_names, by which the "
+                f"mask finds them: whoever replaces a group has to keep its names"
+            )
+        everything = chain.from_iterable(g.get("param_names", ()) for g in self.param_groups)
+        check_answered(everything, self._mask)
+        for name, param in zip(names, params, strict=True):
+            if name in self._mask and leaf_owner(name) is None:
+                check_dense(name, param, self._mask)
+        devices = {param.device for g in self.param_groups for param in g["params"]}
+        if len(devices) == 1:
+            self._mask = self._mask.to(devices.pop())  # held once, where it is used
+        return [index_of(name, self._mask, self._unlisted) for name in names]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a checkpoint; moments stay in float32 and are moved beside their parameters.
+
+        The tensors are copied. A checkpoint's mask must be the optimizer's, but takes its place
+        where the optimizer's was computed by ``create_fish_optimizer``. Without masks, checkpoints
+        of ``torch.optim.AdamW`` fit.
+
+        Raises:
+            ValueError: The groups, the mask or a moment do not fit; nothing is changed then.
+        """
+        state_dict = state_dict.copy()
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = pre_hook(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
+        saved, own = state_dict["param_groups"], self.param_groups
+        check_groups(saved, own)
+        mask = agree(unpack_masks(saved), self._mask, self._mask_is_computed)
+        if mask is not None and mask is not self._mask:
+            check_mask(mask, own, self._unlisted)
+        state = unpack_state(state_dict["state"], saved, own, mask, self._unlisted)
+        self._mask = mask
+        self.__setstate__({"state": state, "param_groups": unpack_groups(saved, own)})
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {key: getattr(self, key) for key in ("_mask", "_unlisted", "_owners")}
+        return {**super().__getstate__(), **own, "_mask_is_computed": self._mask_is_computed}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        unpickled = "_optimizer_state_dict_post_hooks" not in self.__dict__
+        super().__setstate__(state)
+        self._plans = {}
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+            group["decoupled_weight_decay"] = True  # also if Adam has written the checkpoint
+        if unpickled:
+            self.register_state_dict_post_hook(_add_masks, prepend=True)
+
+
+def _add_masks(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    """Let the mask travel in a checkpoint's groups, of which the live ones know nothing."""
+    assert isinstance(optimizer, FishSparseAdamW)
+    if optimizer.mask is not None:
+        for group in state_dict["param_groups"]:
+            group["mask"] = pack_mask(optimizer.mask, group.get("param_names", ()))
+
+
+def _as_groups(params: Any) -> Any:
+    """Parameters as copied groups with lists in them; what torch refuses is left for it."""
+    if isinstance(params, Tensor):
+        return params
+    groups = list(params)
+    if groups and not isinstance(groups[0], dict):
+        groups = [{"params": groups}]
+    return [_with_list(group) if isinstance(group, dict) else group for group in groups]
+
+
+def _with_list(group: dict[str, Any]) -> dict[str, Any]:
+    params = group["params"]
+    if not isinstance(params, set):
+        params = [params] if isinstance(params, Tensor) else list(params)
+    return {**group, "params": params}
+
+
+def _check_options(
+    mask: Any, unlisted: str, differentiable: bool, state_dtype: torch.dtype, check_numerics: bool
+) -> None:
+    if mask is not None and not isinstance(mask, SparseMask):
+        raise TypeError(
+            f"mask is a {type(mask).__name__}: pass a SparseMask, as fishkern.select returns it or "
+            f"as SparseMask(indices, shapes) makes it"
+        )
+    if unlisted not in UNLISTED:
+        raise ValueError(f"unlisted is {unlisted!r}: choose one of {', '.join(UNLISTED)}")
+    if differentiable:
+        raise ValueError(
+            "differentiable=True, but selected entries are updated in place: use "
+            "torch.optim.AdamW to differentiate through a step"
+        )
+    if state_dtype is not torch.float32:
+        raise ValueError(
+            f"state_dtype is {state_dtype}: only torch.float32 is available in this version"
+        )
+    if check_numerics:
+        raise ValueError("check_numerics=True is not available in this version: leave it out")

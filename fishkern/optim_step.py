@@ -1,0 +1,220 @@
+"""From parameter groups to launches of the op: what one step gathers, and in which order.
+
+Little is kept between steps, and nothing that a framework may exchange unseen: gradients, states
+and their tensors are read anew each time. A plan holds what is costly to find out (roles, indices,
+devices) and is made again when a group's parameters or their devices have changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping, Sequence
+from dataclasses import dataclass, field
+from itertools import repeat
+from operator import is_, is_not
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fishkern import _ops
+
+State = MutableMapping[Tensor, dict[str, Any]]
+
+
+@dataclass(slots=True, eq=False)
+class Batch:
+    """The parameters of one group on one device: what one launch updates.
+
+    ``indices`` are as the op wants them (empty where the whole parameter is trained). ``counts`` is
+    one tensor with a view into it for each state's ``step``, so that all are raised in one
+    operation.
+    """
+
+    device: torch.device
+    params: list[Tensor] = field(default_factory=list)
+    indices: list[Tensor] = field(default_factory=list)
+    shapes: list[torch.Size | None] = field(default_factory=list)
+    counts: Tensor | None = None
+    count_views: list[Tensor] = field(default_factory=list)
+
+
+@dataclass(slots=True, eq=False)
+class Plan:
+    """A group's parameters in their order and on their devices, and the batches they make."""
+
+    params: list[Tensor]
+    devices: list[torch.device]
+    batches: list[Batch]
+
+    def holds(self, params: Sequence[Tensor]) -> bool:
+        """Whether these are the very same parameters, where they were."""
+        return (
+            len(params) == len(self.params)
+            and all(map(is_, params, self.params))
+            and [param.device for param in params] == self.devices
+        )
+
+
+@dataclass(slots=True, eq=False)
+class Launch:
+    """One call of the op: lists over the parameters that have a gradient."""
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    indices: list[Tensor]
+    states: list[dict[str, Any]]
+    counts: list[Tensor]  # either one tensor for all, or one per parameter
+    packed: bool
+
+
+def make_plan(params: Sequence[Tensor], indices: Sequence[Tensor | None]) -> Plan:
+    """Sort a group's parameters by device.
+
+    Args:
+        params: The group's parameters.
+        indices: For each the positions to train; None: all.
+    """
+    batches: dict[torch.device, Batch] = {}
+    every: dict[torch.device, Tensor] = {}  # the op's sign for "every entry", once per device
+    for param, index in zip(params, indices, strict=True):
+        device = param.device
+        batch = batches.setdefault(device, Batch(device))
+        nothing = every.setdefault(device, torch.empty(0, dtype=torch.int32, device=device))
+        batch.params.append(param)
+        batch.indices.append(nothing if index is None else index.to(device))
+        batch.shapes.append(None if index is None else index.shape)
+    return Plan(list(params), [param.device for param in params], list(batches.values()))
+
+
+def gather(batch: Batch, state: State, group: dict[str, Any]) -> Launch | None:
+    """Collect gradients and states, and build the states that are missing.
+
+    Raises:
+        RuntimeError: A gradient is sparse.
+    """
+    params, indices = batch.params, batch.indices
+    grads: list[Any] = [param.grad for param in params]
+    states: list[Any] = [state.get(param) for param in params]
+    if not all(states):
+        states = _build_states(batch, state, group)
+    if all(map(is_not, grads, repeat(None))):
+        launch = Launch(params, grads, indices, states, [_packed_counts(batch, states)], True)
+    else:
+        some = [i for i, grad in enumerate(grads) if grad is not None]
+        if not some:
+            return None
+        params, indices = [params[i] for i in some], [indices[i] for i in some]
+        grads, states = [grads[i] for i in some], [states[i] for i in some]
+        launch = Launch(params, grads, indices, states, [s["step"] for s in states], False)
+    if [grad.layout for grad in grads].count(torch.strided) != len(grads):
+        odd = next(grad for grad in grads if grad.layout is not torch.strided)
+        raise RuntimeError(
+            f"a gradient of shape {list(odd.shape)} is {odd.layout}, but sparse gradients are not "
+            f"supported: make it dense, for an embedding with sparse=False"
+        )
+    return launch
+
+
+def run(
+    launch: Launch, group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None
+) -> None:
+    """Launch the op, then raise the step counts of what it has updated.
+
+    Args:
+        launch: What ``gather`` collected.
+        group: The options.
+        grad_scale: Gradients are divided by it first.
+        found_inf: Where not zero, nothing changes; None if that has been decided before.
+    """
+    lr, (beta1, beta2) = group["lr"], group["betas"]
+    states, counts = launch.states, launch.counts
+    device = launch.params[0].device
+    op = _ops.masked_adamw_
+    if torch.compiler.is_compiling():
+        op = torch.ops.fishkern.masked_adamw_
+    op(
+        launch.params,
+        launch.grads,
+        launch.indices,
+        [s["exp_avg"] for s in states],
+        [s["exp_avg_sq"] for s in states],
+        [s["max_exp_avg_sq"] for s in states] if group["amsgrad"] else [],
+        [],
+        (counts[0] if launch.packed else torch.stack(counts)) + 1,
+        lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64),
+        float(beta1),
+        float(beta2),
+        group["eps"],
+        group["weight_decay"],
+        group["maximize"],
+        grad_scale if grad_scale is None else grad_scale.to(device),
+        found_inf if found_inf is None else found_inf.to(device),
+    )
+    if found_inf is None:
+        torch._foreach_add_(counts, 1)
+    else:
+        torch._foreach_add_(counts, (found_inf == 0).to(counts[0]))
+
+
+def scaling(optimizer: torch.optim.Optimizer) -> tuple[Tensor | None, Tensor | None] | None:
+    """What a GradScaler asks for: (grad_scale, found_inf); None to skip the step.
+
+    The scaler sets both as attributes around ``step()``. Unless everything is capturable the
+    verdict is read here once, so that the step counts may stay on the host.
+
+    Raises:
+        RuntimeError: The scaler has looked at no gradient.
+    """
+    grad_scale, found_inf = (getattr(optimizer, key, None) for key in ("grad_scale", "found_inf"))
+    if found_inf is None:
+        return grad_scale, None
+    if not isinstance(found_inf, Tensor):
+        raise RuntimeError(
+            f"the GradScaler made no inf checks (found_inf is {found_inf!r}, not a tensor): no "
+            f"parameter of this optimizer has a gradient; call backward() on the scaled loss "
+            f"before scaler.step(optimizer), and unfreeze what is to be trained"
+        )
+    if all(group["capturable"] for group in optimizer.param_groups):
+        return grad_scale, found_inf
+    return None if found_inf.item() else (grad_scale, None)
+
+
+def _build_states(batch: Batch, state: State, group: dict[str, Any]) -> list[Any]:
+    """Zero moments for each parameter without a state, also for one that has no gradient yet.
+
+    Checkpoint formats want an entry for every trainable parameter from the first step on; a frozen
+    parameter that is given without a mask gets one when it has a gradient, as in torch.
+    """
+    keys = ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if group["amsgrad"] else ()))
+    for param, shape in zip(batch.params, batch.shapes, strict=True):
+        wanted = shape is not None or param.requires_grad or param.grad is not None
+        if state.get(param) or not wanted:
+            continue
+        counter_device = batch.device if group["capturable"] else "cpu"
+        entry: dict[str, Any] = {
+            "step": torch.zeros((), dtype=torch.float32, device=counter_device)
+        }
+        dtype = moment_dtype(param)
+        for key in keys:
+            # Contiguous whatever the parameter's strides: entry j belongs to flat position j.
+            entry[key] = torch.zeros(
+                param.shape if shape is None else shape, dtype=dtype, device=batch.device
+            )
+        state[param] = entry
+    return [state.get(param) for param in batch.params]
+
+
+def moment_dtype(param: Tensor) -> torch.dtype:
+    """float32, or float64 for a float64 parameter."""
+    return torch.promote_types(param.dtype, torch.float32)
+
+
+def _packed_counts(batch: Batch, states: list[dict[str, Any]]) -> Tensor:
+    """The step counts as one tensor, of which each state's ``step`` is a view."""
+    steps = [entry["step"] for entry in states]
+    if batch.counts is None or not all(map(is_, steps, batch.count_views)):
+        batch.counts = torch.stack([step.to(steps[0].device, torch.float32) for step in steps])
+        batch.count_views = list(batch.counts.unbind())
+        for entry, view in zip(states, batch.count_views, strict=True):
+            entry["step"] = view
+    return batch.counts
