@@ -1,0 +1,96 @@
+import copy
+import pickle
+
+import pytest
+import torch
+
+from fishkern.diagonal import FisherDiagonal
+
+
+def scores():
+    return {"b.weight": torch.rand(2, 3), "a.bias": torch.rand(2), "scalar": torch.rand(())}
+
+
+def test_is_a_mapping_in_the_given_order():
+    given = scores()
+    fisher = FisherDiagonal(given, num_samples=4)
+    assert list(fisher) == list(given)
+    assert len(fisher) == 3
+    assert all(fisher[name] is not None and "a.bias" in fisher for name in given)
+    assert "missing" not in fisher
+    with pytest.raises(KeyError):
+        fisher["missing"]
+
+
+def test_holds_the_scores_without_a_copy_or_a_graph():
+    given = {"w": torch.rand(3, requires_grad=True)}
+    held = FisherDiagonal(given, num_samples=1)["w"]
+    assert held.data_ptr() == given["w"].data_ptr()
+    assert not held.requires_grad
+
+
+def test_names_are_canonical():
+    fisher = FisherDiagonal(
+        {"module._orig_mod.w": torch.ones(2)}, num_samples=1, routes={"module.w": "fused"}
+    )
+    assert list(fisher) == ["w"]
+    assert fisher.routes == {"w": "fused"}
+    assert torch.equal(fisher["module.w"], torch.ones(2))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({"scores": [torch.ones(1)]}, TypeError, "pass a mapping"),
+        ({"scores": {"w": torch.ones(1).double()}}, TypeError, "'w' is torch.float64"),
+        ({"scores": {"w": [1.0]}}, TypeError, "'w' is list"),
+        ({"scores": {"w": torch.ones(1), "module.w": torch.ones(1)}}, ValueError, "both 'w'"),
+        ({"num_samples": 0}, ValueError, "num_samples is 0"),
+        ({"num_samples": 1.0}, TypeError, "num_samples is 1.0"),
+        ({"num_samples": True}, TypeError, "num_samples is True"),
+        ({"labels": 3}, TypeError, "labels is 3"),
+        ({"routes": {"v": "fused"}}, ValueError, "names 'v', which has no score"),
+        ({"routes": {"w": "magic"}}, ValueError, "'w' is 'magic': one of fused, vmap, loop"),
+    ],
+)
+def test_refuses(kwargs, error, message):
+    with pytest.raises(error, match=message):
+        FisherDiagonal(**{"scores": {"w": torch.ones(1)}, "num_samples": 1, **kwargs})
+
+
+def test_file_round_trip(tmp_path):
+    routes = {"b.weight": "fused", "a.bias": "loop"}
+    fisher = FisherDiagonal(scores(), num_samples=7, labels="sampled", routes=routes)
+    fisher.save(tmp_path / "fisher")
+    loaded = FisherDiagonal.load(tmp_path / "fisher")
+    assert loaded == fisher
+    assert list(loaded) == list(fisher)
+    assert (loaded.num_samples, loaded.labels, loaded.routes) == (7, "sampled", routes)
+    assert all(score.dtype == torch.float32 for score in loaded.values())
+
+
+def test_equality_is_of_bits_and_origin():
+    given = scores()
+    fisher = FisherDiagonal(given, num_samples=2)
+    assert fisher == FisherDiagonal(copy.deepcopy(given), num_samples=2)
+    assert fisher != FisherDiagonal(given, num_samples=3)
+    assert fisher != FisherDiagonal({**given, "a.bias": torch.zeros(2)}, num_samples=2)
+    assert fisher != FisherDiagonal({"a.bias": given["a.bias"]}, num_samples=2)
+    assert fisher != given
+
+
+def test_copies_and_pickles():
+    fisher = FisherDiagonal(scores(), num_samples=2, labels="empirical")
+    assert copy.deepcopy(fisher) == fisher
+    assert pickle.loads(pickle.dumps(fisher)) == fisher
+
+
+def test_repr_tells_size_and_origin():
+    routes = {"b.weight": "fused", "a.bias": "loop"}
+    fisher = FisherDiagonal(scores(), num_samples=2, labels="expected", routes=routes)
+    assert repr(fisher) == (
+        "FisherDiagonal(3 tensors, 9 scores, 2 samples, labels='expected', 1 fused 1 loop)"
+    )
+    assert repr(FisherDiagonal(scores(), num_samples=2)) == (
+        "FisherDiagonal(3 tensors, 9 scores, 2 samples)"
+    )
