@@ -1,19 +1,23 @@
 """Triton kernels, for CUDA tensors; with ``TRITON_INTERPRET=1`` also for CPU tensors, slowly.
 
-The kernels live in one file per op and are imported when the backend is first asked for:
-importing fishkern does not load triton.
+The kernels live in one file per op and are imported when an op is first asked for: importing
+fishkern does not load triton.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
+from typing import Any
 
 import torch
 
 # Triton fixes at decoration time whether a kernel is compiled or interpreted.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = ("cpu", "cuda") if INTERPRETED else ("cuda",)
+
+_FILES = {"linear_fisher_": "fisher", "masked_adamw_": "adamw"}
 
 
 def unavailable() -> str | None:
@@ -25,9 +29,8 @@ def unavailable() -> str | None:
     return None
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     """Load an op's file when the op is first used."""
-    files = {"linear_fisher_": "fisher", "masked_adamw_": "adamw"}
-    if name not in files:
+    if name not in _FILES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{files[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_FILES[name]}"), name)

@@ -1,0 +1,335 @@
+"""AdamW on the selected entries of a list of tensors, in one launch for each kind of tensor.
+
+A launch finds its tensors through a table of addresses in device memory, so that a model's
+hundreds of parameters cost one launch for each combination of dtypes and layouts: usually one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fishkern.backends.triton.launch import Launch, num_multiprocessors, run
+
+TRITON_DTYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.int32: tl.int32,
+    torch.int64: tl.int64,
+}
+BLOCK = 1024  # entries that a program updates at a time
+PROGRAMS_PER_MULTIPROCESSOR = 32
+
+# The table's rows: addresses, the number of selected entries, the tensor's place in the lists.
+PARAM, GRAD, INDEX = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+EXP_AVG, EXP_AVG_SQ, MAX_EXP_AVG_SQ = tl.constexpr(3), tl.constexpr(4), tl.constexpr(5)
+MASTER, COUNT, PLACE = tl.constexpr(6), tl.constexpr(7), tl.constexpr(8)
+
+
+@triton.jit
+def _one_minus_power(log_base, exponent):
+    """1 - base^exponent in float32, to a few units in the last place: no cancellation."""
+    y = exponent * log_base
+    series = 1.0  # (exp(y) - 1) / y, by Horner's rule
+    for k in tl.static_range(9, 1, -1):
+        series = 1.0 + series * y / k
+    return tl.where(y > -0.5, -y * series, 1.0 - tl.exp(y))
+
+
+@triton.jit
+def _round_to(x, DTYPE: tl.constexpr):
+    """Float32 to ``DTYPE``, to nearest, ties to even."""
+    if DTYPE == tl.bfloat16:
+        # Spelled out because the interpreter would truncate.
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+    return x.to(DTYPE)
+
+
+@triton.jit
+def _address(table_ptr, ROW: tl.constexpr, tensor, num_tensors, DTYPE: tl.constexpr):
+    """One row's entry for a tensor, as a pointer."""
+    return tl.load(table_ptr + ROW * num_tensors + tensor).to(tl.pointer_type(DTYPE))
+
+
+# Neither a change of the lists nor of where the scaler's scalars lie compiles the kernel anew.
+@triton.jit(
+    do_not_specialize=["num_tensors", "num_programs", "entries_per_program"],
+    do_not_specialize_on_alignment=["grad_scale_ptr", "found_inf_ptr"],
+)
+def _masked_adamw_kernel(
+    table_ptr,
+    programs_ptr,
+    scalars_ptr,
+    grad_scale_ptr,
+    found_inf_ptr,
+    num_tensors,
+    num_programs,
+    entries_per_program,
+    beta1,
+    beta2,
+    one_minus_beta1,
+    one_minus_beta2,
+    log_beta1,
+    log_beta2,
+    eps,
+    weight_decay,
+    PARAM_DTYPE: tl.constexpr,
+    GRAD_DTYPE: tl.constexpr,
+    INDEX_DTYPE: tl.constexpr,
+    WHOLE: tl.constexpr,
+    GRAD_SELECTED: tl.constexpr,
+    HAS_MASTER: tl.constexpr,
+    AMSGRAD: tl.constexpr,
+    MAXIMIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One AdamW step (the formula is the reference's) on a range of one tensor's entries.
+
+    Program j serves tensor ``programs_ptr[0, j]``, whose entries it takes from
+    ``programs_ptr[1, j] * entries_per_program`` on; ``table_ptr`` is [9, num_tensors].
+    ``scalars_ptr`` holds the learning rate and then the step of every tensor in the lists.
+    Computes in float32; parameters are touched at the selected positions only.
+    """
+    if found_inf_ptr is not None:
+        if tl.load(found_inf_ptr) != 0.0:
+            return
+    program = tl.program_id(0)
+    tensor = tl.load(programs_ptr + program)
+    first = tl.load(programs_ptr + num_programs + program) * entries_per_program
+    count = tl.load(table_ptr + COUNT * num_tensors + tensor)
+    place = tl.load(table_ptr + PLACE * num_tensors + tensor)
+    param_ptr = _address(table_ptr, PARAM, tensor, num_tensors, PARAM_DTYPE)
+    grad_ptr = _address(table_ptr, GRAD, tensor, num_tensors, GRAD_DTYPE)
+    exp_avg_ptr = _address(table_ptr, EXP_AVG, tensor, num_tensors, tl.float32)
+    exp_avg_sq_ptr = _address(table_ptr, EXP_AVG_SQ, tensor, num_tensors, tl.float32)
+
+    lr = tl.load(scalars_ptr)
+    step = tl.load(scalars_ptr + 1 + place)
+    decay = 1.0 - lr * weight_decay
+    step_size = tl.div_rn(lr, _one_minus_power(log_beta1, step))
+    root = tl.sqrt_rn(_one_minus_power(log_beta2, step))
+    if grad_scale_ptr is not None:
+        grad_scale = tl.load(grad_scale_ptr).to(tl.float32)
+
+    for start in range(first, tl.minimum(first + entries_per_program, count), BLOCK):
+        entry = start + tl.arange(0, BLOCK)
+        inside = entry < count
+        if WHOLE:
+            where = entry
+        else:
+            index_ptr = _address(table_ptr, INDEX, tensor, num_tensors, INDEX_DTYPE)
+            where = tl.load(index_ptr + entry, mask=inside, other=0).to(tl.int64)
+        if HAS_MASTER:
+            master_ptr = _address(table_ptr, MASTER, tensor, num_tensors, tl.float32)
+            p = tl.load(master_ptr + entry, mask=inside, other=0.0)
+        else:
+            p = tl.load(param_ptr + where, mask=inside, other=0.0).to(tl.float32)
+        g_entry = entry if GRAD_SELECTED else where
+        g = tl.load(grad_ptr + g_entry, mask=inside, other=0.0).to(tl.float32)
+        m = tl.load(exp_avg_ptr + entry, mask=inside, other=0.0)
+        v = tl.load(exp_avg_sq_ptr + entry, mask=inside, other=0.0)
+
+        if grad_scale_ptr is not None:
+            g = tl.div_rn(g, grad_scale)
+        if MAXIMIZE:
+            g = -g
+        m = beta1 * m + one_minus_beta1 * g
+        v = beta2 * v + one_minus_beta2 * g * g
+        tl.store(exp_avg_ptr + entry, m, mask=inside)
+        tl.store(exp_avg_sq_ptr + entry, v, mask=inside)
+        if AMSGRAD:
+            max_ptr = _address(table_ptr, MAX_EXP_AVG_SQ, tensor, num_tensors, tl.float32)
+            v_max = tl.load(max_ptr + entry, mask=inside, other=0.0)
+            v = tl.maximum(v_max, v, propagate_nan=tl.PropagateNan.ALL)
+            tl.store(max_ptr + entry, v, mask=inside)
+        p = p * decay - step_size * tl.div_rn(m, tl.div_rn(tl.sqrt_rn(v), root) + eps)
+        if HAS_MASTER:
+            tl.store(master_ptr + entry, p, mask=inside)
+        tl.store(param_ptr + where, _round_to(p, PARAM_DTYPE), mask=inside)
+
+
+class Kind(NamedTuple):
+    """What the tensors of one launch have in common."""
+
+    device: torch.device
+    param_dtype: torch.dtype
+    grad_dtype: torch.dtype
+    index_dtype: torch.dtype
+    whole: bool  # every entry is selected, and there are no indices
+    grad_selected: bool  # the gradient holds the selected entries only
+    has_master: bool
+
+
+def masked_adamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    max_exp_avg_sqs: Sequence[Tensor],
+    masters: Sequence[Tensor],
+    steps: Tensor,
+    lr: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool = False,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """One AdamW step on the selected entries of every tensor, as the reference defines it.
+
+    Parameters and gradients may be float32, bfloat16 or float16, in any mixture; moments and
+    masters are float32. Nothing waits for the device. A parameter that is not contiguous is
+    stepped in a contiguous copy, which is then written back.
+
+    Raises:
+        TypeError: A dtype that the kernel does not have.
+        ValueError: Moments or masters that are not contiguous.
+    """
+    _check(params, grads, {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs,
+                           "max_exp_avg_sqs": max_exp_avg_sqs, "masters": masters})
+    flat = [param.contiguous() for param in params]
+    grads = [grad.contiguous() for grad in grads]
+    indices = [index.contiguous() for index in indices]
+
+    # One small copy where all is on the host; where it is not, nothing waits for the device.
+    home = steps.device if steps.device.type != "cpu" else lr.device
+    scalars = torch.cat([t.to(home, torch.float32).view(-1) for t in (lr, steps)])
+    has_masters, amsgrad = len(masters) > 0, len(max_exp_avg_sqs) > 0
+    rows: dict[Kind, list[tuple[int, ...]]] = {}
+    for i, (param, grad, index, m, v) in enumerate(
+        zip(flat, grads, indices, exp_avgs, exp_avg_sqs, strict=True)
+    ):
+        count, whole = m.numel(), index.numel() == 0
+        if count == 0:
+            continue
+        kind = Kind(
+            param.device,
+            param.dtype,
+            grad.dtype,
+            torch.int64 if whole else index.dtype,
+            whole,
+            whole or grad.numel() == count,
+            has_masters and masters[i].numel() > 0,
+        )
+        addresses = [t.data_ptr() for t in (param, grad, index, m, v)]
+        addresses.append(max_exp_avg_sqs[i].data_ptr() if amsgrad else 0)
+        addresses.append(masters[i].data_ptr() if has_masters else 0)
+        rows.setdefault(kind, []).append((*addresses, count, i))
+
+    for kind, kind_rows in rows.items():
+        tables = _tables(kind.device, tuple(kind_rows))
+        args = {
+            "table_ptr": tables.table,
+            "programs_ptr": tables.programs,
+            "scalars_ptr": scalars.to(kind.device, non_blocking=True),
+            "grad_scale_ptr": None if grad_scale is None else grad_scale.to(kind.device),
+            "found_inf_ptr": None if found_inf is None else found_inf.to(kind.device),
+            "num_tensors": tables.table.shape[1],
+            "num_programs": tables.programs.shape[1],
+            "entries_per_program": tables.entries_per_program,
+            "beta1": beta1,
+            "beta2": beta2,
+            "one_minus_beta1": 1 - beta1,  # a difference in float32 would have lost digits
+            "one_minus_beta2": 1 - beta2,
+            "log_beta1": math.log(beta1) if beta1 else -math.inf,
+            "log_beta2": math.log(beta2) if beta2 else -math.inf,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "PARAM_DTYPE": TRITON_DTYPES[kind.param_dtype],
+            "GRAD_DTYPE": TRITON_DTYPES[kind.grad_dtype],
+            "INDEX_DTYPE": TRITON_DTYPES[kind.index_dtype],
+            "WHOLE": kind.whole,
+            "GRAD_SELECTED": kind.grad_selected,
+            "HAS_MASTER": kind.has_master,
+            "AMSGRAD": amsgrad,
+            "MAXIMIZE": maximize,
+            "BLOCK": BLOCK,
+        }
+        run(Launch(_masked_adamw_kernel, (tables.programs.shape[1],), args, 4, 1), kind.device)
+
+    for param, copy in zip(params, flat, strict=True):
+        if copy is not param:
+            param.detach().copy_(copy)
+
+
+class Tables(NamedTuple):
+    """What a launch reads to find its tensors, on the device."""
+
+    table: Tensor  # int64 [9, num_tensors]
+    programs: Tensor  # int64 [2, num_programs]: tensor, and which range of its entries
+    entries_per_program: int
+    host: Tensor  # the copy's source, which must live as long as the copy may run
+
+
+_captured: list[Tables] = []  # a CUDA graph copies and reads its tables at each replay
+
+
+def _tables(device: torch.device, rows: tuple[tuple[int, ...], ...]) -> Tables:
+    """The tables for these rows, kept from call to call: they depend on nothing else."""
+    if device.type != "cuda":
+        return _build_tables(device, rows)
+    if torch.cuda.is_current_stream_capturing():
+        _captured.append(_build_tables(device, rows))
+        return _captured[-1]
+    # Only on the stream that filled them may tables be read without waiting.
+    return _kept_tables(device, torch.cuda.current_stream(device).cuda_stream, rows)
+
+
+@lru_cache(maxsize=32)
+def _kept_tables(device: torch.device, stream: int, rows: tuple[tuple[int, ...], ...]) -> Tables:
+    return _build_tables(device, rows)
+
+
+def _build_tables(device: torch.device, rows: tuple[tuple[int, ...], ...]) -> Tables:
+    """Share the rows' entries out among programs, and copy both tables to the device at once."""
+    table = torch.tensor(rows, dtype=torch.int64).T
+    counts = table[COUNT.value]
+    # Enough programs to fill the device; beyond that, longer ones rather than longer tables.
+    wanted = PROGRAMS_PER_MULTIPROCESSOR * num_multiprocessors(device)
+    entries_per_program = BLOCK * max(1, int(counts.sum()) // (BLOCK * wanted))
+    programs = -(-counts // entries_per_program)
+    before = (programs.cumsum(0) - programs).repeat_interleave(programs)
+    tensor = torch.arange(len(rows)).repeat_interleave(programs)
+    ranges = torch.stack([tensor, torch.arange(len(tensor)) - before])
+    host = torch.cat([table.reshape(-1), ranges.view(-1)])
+    if device.type == "cuda":
+        host = host.pin_memory()
+    packed = host.to(device, non_blocking=True)
+    split = table.numel()
+    return Tables(
+        packed[:split].view(table.shape), packed[split:].view(2, -1), entries_per_program, host
+    )
+
+
+def _check(
+    params: Sequence[Tensor], grads: Sequence[Tensor], states: dict[str, Sequence[Tensor]]
+) -> None:
+    for name, tensors in (("params", params), ("grads", grads)):
+        for i, tensor in enumerate(tensors):
+            if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+                raise TypeError(
+                    f"{name}[{i}] has dtype {tensor.dtype}: the triton backend takes float32, "
+                    f'bfloat16 and float16; use_backend("reference") runs every dtype'
+                )
+    for name, tensors in states.items():
+        for i, tensor in enumerate(tensors):
+            if tensor.dtype != torch.float32:
+                raise TypeError(
+                    f"{name}[{i}] has dtype {tensor.dtype}: the triton backend keeps float32; "
+                    f'use_backend("reference") runs every dtype'
+                )
+            if not tensor.is_contiguous():
+                raise ValueError(f"{name}[{i}] is not contiguous: pass a contiguous tensor")

@@ -1,0 +1,305 @@
+"""Per-sample squared gradients of a linear layer, accumulated: one pass over its operands.
+
+Letters: n sample, t token, i input feature, o output feature. The work is a batched matrix
+product that never leaves the chip: a program owns one tile of the weight and a range of whole
+samples, and keeps two float32 accumulators, this sample's sum over tokens and the sum of its
+squares over samples. The square must come after the whole sum over tokens, so tokens are never
+split between programs; samples are, and the partial sums are added in a fixed order.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fishkern.backends.triton import INTERPRETED
+from fishkern.backends.triton.launch import Launch, num_multiprocessors, run
+
+TRITON_DTYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+TILES_PER_SWIZZLE = 8  # tiles that share rows of grad_out run together, so that L2 serves them
+
+
+class Config(NamedTuple):
+    """The shape of a program: tile sizes and how it is run."""
+
+    block_o: int
+    block_i: int
+    block_t: int
+    num_warps: int
+    num_stages: int
+
+
+def choose_config(size_o: int, size_i: int, num_tokens: int, dtype: torch.dtype) -> Config:
+    """The program's shape for a layer's shape; any choice gives the same value up to rounding.
+
+    * A side of at most 64 (the rank of an adapter) is one tile, just wide enough: such layers
+      are bound by memory, and no operand is read twice.
+    * Otherwise 128 x 128, the largest tile whose two accumulators fit the registers.
+    * float32 is multiplied without tensor cores, where smaller tiles suffice.
+    * Few tokens take a short loop step, at least the 16 that the hardware multiplies at once.
+
+    All choices stay under 99 KiB of shared memory, which every GPU from Ampere on has.
+    """
+    block_t = min(64, max(16, triton.next_power_of_2(num_tokens)))
+    narrow = max(16, triton.next_power_of_2(min(size_o, size_i)))
+    if dtype == torch.float32:
+        long = short = 64
+        block_t, warps, stages = min(block_t, 32), 4, 3
+        if narrow <= 32:
+            short = narrow
+    elif narrow <= 64:
+        long, short, warps, stages = 128, narrow, 4, 3
+    else:
+        long, short, warps, stages = 128, 128, 8, 3
+    sides = (short, long) if size_o < size_i else (long, short)
+    return Config(*sides, block_t, warps, stages)
+
+
+def choose_splits(num_tiles: int, num_samples: int, config: Config, device: torch.device) -> int:
+    """Into how many ranges the samples are split, so that the programs fill the device."""
+    per_multiprocessor = 16 // config.num_warps
+    wanted = per_multiprocessor * num_multiprocessors(device) // max(num_tiles, 1)
+    return min(max(wanted, 1), num_samples)
+
+
+# Sizes that change from batch to batch must not compile the kernel anew.
+@triton.jit(do_not_specialize=["num_samples", "num_tokens", "samples_per_split", "tiles_o"])
+def _linear_fisher_kernel(
+    x_ptr,
+    grad_ptr,
+    fisher_ptr,
+    bias_ptr,
+    scores_ptr,
+    mask_ptr,
+    num_samples,
+    num_tokens,
+    samples_per_split,
+    tiles_o,
+    tiles_i,
+    size_o,
+    size_i,
+    stride_xn,
+    stride_xt,
+    stride_xi,
+    stride_gn,
+    stride_gt,
+    stride_go,
+    stride_fs,
+    stride_fo,
+    stride_fi,
+    stride_bs,
+    stride_bo,
+    stride_mo,
+    stride_mi,
+    SQUARE_FIRST: tl.constexpr,
+    ADD: tl.constexpr,
+    DOT_DTYPE: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    SWIZZLE: tl.constexpr,
+):
+    """One tile of ``fisher (+)= sum_n (sum_t grad_out[n, t] x[n, t]^T)^2``, for a range of n.
+
+    Grid: (tiles, splits). Accumulates in float32. The result of split s goes to
+    ``fisher_ptr + s * stride_fs``, added to what is there if ADD. The bias belongs to the
+    programs of the first column of tiles. ``scores_ptr[tile, n]`` gets the tile's share of
+    sample n's score. SQUARE_FIRST: the square of a sum of one term is the product of squares,
+    ``sum_t grad_out[t]^2 x[t]^2``; the caller passes samples as tokens.
+    """
+    tile = tl.program_id(0)
+    split = tl.program_id(1)
+    tile_o, tile_i = tl.swizzle2d(tile // tiles_i, tile % tiles_i, tiles_o, tiles_i, SWIZZLE)
+    o = tile_o.to(tl.int64) * BLOCK_O + tl.arange(0, BLOCK_O)
+    i = tile_i.to(tl.int64) * BLOCK_I + tl.arange(0, BLOCK_I)
+    t = tl.arange(0, BLOCK_T).to(tl.int64)
+    in_o = o < size_o
+    in_i = i < size_i
+    in_tile = in_o[:, None] & in_i[None, :]
+    step = tl.full((), BLOCK_T, tl.int64)
+
+    squares = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
+    bias_squares = tl.zeros((BLOCK_O,), tl.float32)
+    first = split.to(tl.int64) * samples_per_split
+    last = tl.minimum(first + samples_per_split, num_samples)
+    for n in tl.range(first, last, flatten=True):
+        x_ptrs = x_ptr + n * stride_xn + t[:, None] * stride_xt + i[None, :] * stride_xi
+        grad_ptrs = grad_ptr + n * stride_gn + o[:, None] * stride_go + t[None, :] * stride_gt
+        total = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
+        bias_total = tl.zeros((BLOCK_O,), tl.float32)
+        for start in range(0, num_tokens, BLOCK_T):
+            in_t = t < num_tokens - start
+            x = tl.load(x_ptrs, mask=in_t[:, None] & in_i[None, :], other=0.0).to(DOT_DTYPE)
+            grad = tl.load(grad_ptrs, mask=in_o[:, None] & in_t[None, :], other=0.0)
+            grad = grad.to(DOT_DTYPE)
+            if SQUARE_FIRST:
+                x = x * x
+                grad = grad * grad
+            total = tl.dot(grad, x, total, input_precision="ieee")
+            if bias_ptr is not None:
+                if tile_i == 0:
+                    bias_total += tl.sum(grad.to(tl.float32), axis=1)
+            x_ptrs += step * stride_xt
+            grad_ptrs += step * stride_gt
+        if SQUARE_FIRST:
+            squares += total
+            bias_squares += bias_total
+        else:
+            squares += total * total
+            bias_squares += bias_total * bias_total
+        if scores_ptr is not None:
+            counted = in_tile
+            if mask_ptr is not None:
+                mask_ptrs = mask_ptr + o[:, None] * stride_mo + i[None, :] * stride_mi
+                counted = tl.load(mask_ptrs, mask=in_tile, other=0) != 0
+            score = tl.sum(tl.where(counted, total * total, 0.0))
+            tl.store(scores_ptr + tile.to(tl.int64) * num_samples + n, score)
+
+    fisher_ptrs = fisher_ptr + split.to(tl.int64) * stride_fs
+    fisher_ptrs = fisher_ptrs + o[:, None] * stride_fo + i[None, :] * stride_fi
+    if ADD:
+        squares += tl.load(fisher_ptrs, mask=in_tile, other=0.0)
+    tl.store(fisher_ptrs, squares, mask=in_tile)
+    if bias_ptr is not None:
+        if tile_i == 0:
+            bias_ptrs = bias_ptr + split.to(tl.int64) * stride_bs + o * stride_bo
+            if ADD:
+                bias_squares += tl.load(bias_ptrs, mask=in_o, other=0.0)
+            tl.store(bias_ptrs, bias_squares, mask=in_o)
+
+
+def linear_fisher_(
+    fisher: Tensor,
+    x: Tensor,
+    grad_out: Tensor,
+    *,
+    bias_fisher: Tensor | None = None,
+    sample_scores: Tensor | None = None,
+    mask: Tensor | None = None,
+    config: Config | None = None,
+    splits: int | None = None,
+    square_first: bool | None = None,
+) -> None:
+    """``fisher += sum_n (sum_t grad_out[n, t] x[n, t]^T)^2``, as the reference defines it.
+
+    ``x`` and ``grad_out`` may be float32, bfloat16 or float16 with any strides; where their
+    dtypes differ, both are widened. float32 is multiplied in float32, never in TF32.
+    Deterministic bit for bit: every number has one owner, and partial sums are added in a fixed
+    order. The last three arguments are for tests, and change the value by rounding at most:
+
+    Args:
+        fisher: float32 ``[O, I]``.
+        x: ``[N, *, I]``.
+        grad_out: ``[N, *, O]``.
+        bias_fisher: float32 ``[O]``.
+        sample_scores: float32 ``[N]``.
+        mask: bool ``[O, I]``.
+        config: The program's shape; by default ``choose_config``'s.
+        splits: Into how many ranges the samples are split; by default ``choose_splits``'s.
+        square_first: With one token per sample, multiply the squares of the operands: half the
+            arithmetic. By default wherever it is possible: one token, and no ``sample_scores``.
+
+    Raises:
+        TypeError: A dtype that the kernel does not have.
+    """
+    _check_dtypes(x, grad_out, fisher, bias_fisher, sample_scores)
+    num_samples, num_tokens = x.shape[0], math.prod(x.shape[1:-1])
+    size_o, size_i = fisher.shape
+    if num_samples * num_tokens * size_o == 0:
+        return
+    x = x.reshape(num_samples, num_tokens, size_i)  # a view wherever the strides allow one
+    grad_out = grad_out.reshape(num_samples, num_tokens, size_o)
+    dot_dtype = torch.promote_types(x.dtype, grad_out.dtype)
+
+    possible = num_tokens == 1 and sample_scores is None
+    if square_first and not possible:
+        raise ValueError("square_first needs one token per sample, and no sample_scores")
+    if possible and square_first is not False:
+        square_first, dot_dtype = True, torch.float32
+        x, grad_out = x.transpose(0, 1), grad_out.transpose(0, 1)
+        num_samples, num_tokens = 1, num_samples
+
+    config = config or choose_config(size_o, size_i, num_tokens, dot_dtype)
+    tiles_o = triton.cdiv(size_o, config.block_o)
+    tiles_i = max(triton.cdiv(size_i, config.block_i), 1)  # without inputs there is still a bias
+    splits = splits or choose_splits(tiles_o * tiles_i, num_samples, config, x.device)
+    samples_per_split = triton.cdiv(num_samples, splits)
+    splits = triton.cdiv(num_samples, samples_per_split)  # so that none is empty
+
+    # One split adds to the accumulators itself; several leave their sums in buffers.
+    fisher_out, bias_out = fisher[None], None if bias_fisher is None else bias_fisher[None]
+    if splits > 1:
+        fisher_out = fisher.new_empty(splits, size_o, size_i)
+        bias_out = None if bias_fisher is None else fisher.new_empty(splits, size_o)
+    scores = None if sample_scores is None else fisher.new_empty(tiles_o * tiles_i, num_samples)
+
+    args = {
+        "x_ptr": x,
+        "grad_ptr": grad_out,
+        "fisher_ptr": fisher_out,
+        "bias_ptr": bias_out,
+        "scores_ptr": scores,
+        "mask_ptr": None if mask is None else mask.view(torch.uint8),
+        "num_samples": num_samples,
+        "num_tokens": num_tokens,
+        "samples_per_split": samples_per_split,
+        "tiles_o": tiles_o,
+        "tiles_i": tiles_i,
+        "size_o": size_o,
+        "size_i": size_i,
+        **_strides(x, "xn", "xt", "xi"),
+        **_strides(grad_out, "gn", "gt", "go"),
+        **_strides(fisher_out, "fs", "fo", "fi"),
+        **_strides(bias_out, "bs", "bo"),
+        **_strides(mask, "mo", "mi"),
+        "SQUARE_FIRST": bool(square_first),
+        "ADD": splits == 1,
+        # The interpreter would multiply bfloat16's bits; in float32 the products are the same.
+        "DOT_DTYPE": tl.float32 if INTERPRETED else TRITON_DTYPES[dot_dtype],
+        "BLOCK_O": config.block_o,
+        "BLOCK_I": config.block_i,
+        "BLOCK_T": config.block_t,
+        "SWIZZLE": TILES_PER_SWIZZLE,
+    }
+    grid = (tiles_o * tiles_i, splits)
+    run(
+        Launch(_linear_fisher_kernel, grid, args, config.num_warps, config.num_stages),
+        fisher.device,
+    )
+
+    if splits > 1:
+        fisher += fisher_out.sum(0)
+        if bias_fisher is not None and bias_out is not None:
+            bias_fisher += bias_out.sum(0)
+    if sample_scores is not None and scores is not None:
+        sample_scores += scores.sum(0)
+
+
+def _strides(tensor: Tensor | None, *letters: str) -> dict[str, int]:
+    """The strides as kernel arguments ``stride_<letters>``; zeros where there is no tensor."""
+    strides = (0,) * len(letters) if tensor is None else tensor.stride()
+    return {f"stride_{name}": stride for name, stride in zip(letters, strides, strict=True)}
+
+
+def _check_dtypes(x: Tensor, grad_out: Tensor, *accumulators: Tensor | None) -> None:
+    for name, tensor in (("x", x), ("grad_out", grad_out)):
+        if tensor.dtype not in TRITON_DTYPES:
+            raise TypeError(
+                f"{name} has dtype {tensor.dtype}: the triton backend takes float32, bfloat16 "
+                f'and float16; use_backend("reference") runs every dtype'
+            )
+    for tensor in accumulators:
+        if tensor is not None and tensor.dtype != torch.float32:
+            raise TypeError(
+                f"an accumulator has dtype {tensor.dtype}: the triton backend accumulates in "
+                f'float32; use_backend("reference") runs every dtype'
+            )

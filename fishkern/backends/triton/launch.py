@@ -1,0 +1,58 @@
+"""What launchers share: launching, and the size of the device.
+
+Ahead-of-time compilation (``aot.py``) calls the ops on meta tensors inside ``collect()`` and
+compiles what they would have launched: the same kernels with the same constants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Launch(NamedTuple):
+    """One launch of one kernel."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+
+_collected: list[Launch] | None = None
+
+
+def run(launch: Launch, device: torch.device) -> None:
+    """Launch on the device's current stream, or only note the launch, inside ``collect()``."""
+    if _collected is not None:
+        _collected.append(launch)
+        return
+    # Triton launches on the current device, wherever the tensors are.
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        launch.kernel[launch.grid](
+            **launch.args, num_warps=launch.num_warps, num_stages=launch.num_stages
+        )
+
+
+@contextmanager
+def collect() -> Iterator[list[Launch]]:
+    """Gather launches instead of running them; not for more than one thread."""
+    global _collected
+    _collected = []
+    try:
+        yield _collected
+    finally:
+        _collected = None
+
+
+@cache
+def num_multiprocessors(device: torch.device) -> int:
+    """How many multiprocessors there are to fill; as many as an H100 has without a GPU."""
+    if device.type != "cuda":
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
