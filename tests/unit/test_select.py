@@ -213,7 +213,7 @@ def test_lora_at_initialisation_warns_and_still_selects_k():
     scores = {f"layer.{i}.lora_A": torch.zeros(2, 6) for i in range(5)}
     scores |= {f"layer.{i}.lora_B": torch.rand(6, 2).round(decimals=1) for i in range(5)}
     nonzero = sum(int(score.count_nonzero()) for score in scores.values())
-    with pytest.warns(UserWarning, match="all scores are zero") as caught:
+    with pytest.warns(UserWarning, match="zero") as caught:
         mask = select(scores, k=nonzero)
     assert len(caught) == 1
     assert "all scores are zero in 5 of 10 tensors" in str(caught[0].message)
@@ -224,7 +224,7 @@ def test_lora_at_initialisation_warns_and_still_selects_k():
     assert caught[0].filename == __file__
     assert mask.num_selected == nonzero
 
-    with pytest.warns(UserWarning, match="have a score of zero") as caught:
+    with pytest.warns(UserWarning, match="zero") as caught:
         mask = select(scores, k=nonzero + 13)
     assert len(caught) == 2
     text = str(caught[1].message)
