@@ -1,0 +1,53 @@
+"""What the optimizer's tests share: a small model, masks for it, and training on made-up data."""
+
+import torch
+from torch import nn
+
+from fishkern.masks import SparseMask
+
+
+def make_model(dtype=torch.float32):
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.LayerNorm(8), nn.Linear(8, 3)).to(dtype)
+
+
+def make_mask(model, density=0.3, seed=0):
+    """Some entries of each tensor, none of the first bias and all of the last."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {name: param.shape for name, param in model.named_parameters()}
+    share = {name: density for name in shapes} | {"0.bias": -1.0, "3.bias": 2.0}
+    return SparseMask(
+        {
+            n: (torch.rand(s.numel(), generator=generator) < share[n]).nonzero()[:, 0]
+            for n, s in shapes.items()
+        },
+        shapes,
+    )
+
+
+def full_mask(model):
+    shapes = {name: param.shape for name, param in model.named_parameters()}
+    return SparseMask({n: torch.arange(s.numel()) for n, s in shapes.items()}, shapes)
+
+
+def loss_of(model, i):
+    generator = torch.Generator().manual_seed(i)
+    x = torch.randn(16, 6, generator=generator)
+    y = torch.randn(16, 3, generator=generator)
+    dtype = next(model.parameters()).dtype
+    return (model(x.to(dtype)) - y.to(dtype)).square().mean()
+
+
+def train(model, optimizer, steps, start=0):
+    for i in range(start, start + steps):
+        optimizer.zero_grad()
+        loss_of(model, i).backward()
+        optimizer.step()
+
+
+def copies(model):
+    return {name: param.detach().clone() for name, param in model.named_parameters()}
+
+
+def bits(tensor):
+    """The tensor's bytes, so that equality tells -0.0 from 0.0."""
+    return tensor.detach().contiguous().view(-1).view(torch.uint8)
