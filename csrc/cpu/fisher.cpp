@@ -25,9 +25,10 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // Blocks of the result: large enough that packing is cheap beside the products, small enough for
-// the second-level cache and for many threads.
-constexpr int64_t kBlockRows = 64;
-constexpr int64_t kBlockCols = 192;
+// the second-level cache, and, if the result is small, for enough of them to share among threads.
+constexpr int64_t kBlockRows = 128, kSmallBlockRows = 64;
+constexpr int64_t kBlockCols = 384, kSmallBlockCols = 192;
+constexpr int64_t kEnoughBlocks = 16;
 
 // Fewer floating-point operations than this are not worth another thread.
 constexpr int64_t kGrain = 1 << 20;
@@ -74,33 +75,50 @@ float* accumulator(const char* name, const Tensor& tensor) {
   return static_cast<float*>(tensor.mutable_data_ptr());
 }
 
-void check_shape(const char* name, const Tensor& tensor, std::vector<int64_t> shape) {
+void check_shape(const char* name, const Tensor& tensor, const std::vector<int64_t>& shape) {
   const auto sizes = tensor.sizes();
-  STD_TORCH_CHECK(tensor.is_cpu(), name, " must be on the CPU, like fisher");
   STD_TORCH_CHECK(std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end()), name,
                   " has the wrong shape: see fishkern.functional.linear_fisher_");
 }
 
 // The shorter operand is read one number at a time, the longer one in vectors.
 void make_columns_long(Problem& problem) {
-  if (problem.cols.size >= problem.rows.size || problem.cols.size >= kBlockCols) return;
+  if (problem.cols.size >= std::min(problem.rows.size, kSmallBlockCols)) return;
   std::swap(problem.rows, problem.cols);
   std::swap(problem.row_stride, problem.col_stride);
   std::swap(problem.mask_row_stride, problem.mask_col_stride);
 }
 
+// By shapes alone: the order in which scores are added up follows from it.
+void choose_blocks(Problem& problem) {
+  problem.block_rows = kBlockRows;
+  problem.block_cols = kBlockCols;
+  if (problem.num_blocks() < kEnoughBlocks) problem.block_cols = kSmallBlockCols;
+  if (problem.num_blocks() < kEnoughBlocks) problem.block_rows = kSmallBlockRows;
+}
+
 void compute(const Problem& problem) {
   const auto compute_block = FISHKERN_FOR_THIS_CPU(compute_block);
   const int64_t scratch_size = (*FISHKERN_FOR_THIS_CPU(scratch_size))(problem);
-  const int64_t blocks = problem.num_row_blocks() * problem.num_col_blocks();
   const int64_t work = 2 * problem.samples * problem.tokens *
                        std::min(problem.block_rows, problem.rows.size) *
                        std::min(problem.block_cols, problem.cols.size);
-  const int64_t grain = std::max<int64_t>(1, kGrain / work);
-  torch::stable::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
+  const int64_t grain = kGrain / std::max<int64_t>(work, 1) + 1;
+  torch::stable::parallel_for(0, problem.num_blocks(), grain, [&](int64_t begin, int64_t end) {
     const Scratch scratch = new_scratch(scratch_size);
     for (int64_t block = begin; block < end; ++block) compute_block(problem, block, scratch.get());
   });
+}
+
+// sample_scores[n] += the blocks' parts, in the blocks' order.
+void add_scores(const Problem& problem, const std::vector<double>& parts, float* sample_scores,
+                int64_t stride) {
+  for (int64_t n = 0; n < problem.samples; ++n) {
+    double score = 0.0;
+    for (int64_t block = 0; block < problem.num_blocks(); ++block)
+      score += parts[block * problem.samples + n];
+    sample_scores[n * stride] += static_cast<float>(score);
+  }
 }
 
 void linear_fisher_(Tensor fisher, Tensor x, Tensor grad_out, std::optional<Tensor> bias_fisher,
@@ -109,10 +127,9 @@ void linear_fisher_(Tensor fisher, Tensor x, Tensor grad_out, std::optional<Tens
                   "x must be [N, *, I] and grad_out [N, *, O] with the same leading dimensions");
   const int64_t num_samples = x.size(0), last = x.dim() - 1;
   const int64_t num_outputs = grad_out.size(last), num_inputs = x.size(last);
-  auto leading = std::vector<int64_t>(x.sizes().begin(), x.sizes().end());
-  check_shape("x", x, leading);
-  leading.back() = num_outputs;
-  check_shape("grad_out", grad_out, leading);
+  std::vector<int64_t> grad_shape(x.sizes().begin(), x.sizes().end());
+  grad_shape.back() = num_outputs;
+  check_shape("grad_out", grad_out, grad_shape);
   check_shape("fisher", fisher, {num_outputs, num_inputs});
   if (bias_fisher) check_shape("bias_fisher", *bias_fisher, {num_outputs});
   if (sample_scores) check_shape("sample_scores", *sample_scores, {num_samples});
@@ -134,9 +151,7 @@ void linear_fisher_(Tensor fisher, Tensor x, Tensor grad_out, std::optional<Tens
                   .tokens = num_tokens,
                   .fisher = fisher_data,
                   .row_stride = fisher.stride(0),
-                  .col_stride = fisher.stride(1),
-                  .block_rows = kBlockRows,
-                  .block_cols = kBlockCols};
+                  .col_stride = fisher.stride(1)};
   problem.rows.bias = bias_data;
   if (bias_data) problem.rows.bias_stride = bias_fisher->stride(0);
   if (sample_scores && mask) {
@@ -145,11 +160,11 @@ void linear_fisher_(Tensor fisher, Tensor x, Tensor grad_out, std::optional<Tens
     problem.mask_col_stride = mask->stride(1);
   }
   make_columns_long(problem);
+  choose_blocks(problem);
 
   std::vector<double> scores;
-  const int64_t blocks = problem.num_row_blocks() * problem.num_col_blocks();
   if (sample_scores) {
-    scores.resize(blocks * num_samples);
+    scores.resize(problem.num_blocks() * num_samples);
     problem.scores = scores.data();
   } else if (num_tokens == 1) {
     problem.squared = true;
@@ -158,11 +173,7 @@ void linear_fisher_(Tensor fisher, Tensor x, Tensor grad_out, std::optional<Tens
     std::swap(problem.cols.sample_stride, problem.cols.token_stride);
   }
   compute(problem);
-  for (int64_t n = 0; sample_scores && n < num_samples; ++n) {
-    double score = 0.0;
-    for (int64_t block = 0; block < blocks; ++block) score += scores[block * num_samples + n];
-    score_data[n * sample_scores->stride(0)] += static_cast<float>(score);
-  }
+  if (sample_scores) add_scores(problem, scores, score_data, sample_scores->stride(0));
 }
 
 }  // namespace

@@ -178,9 +178,6 @@ class Block {
         for (int64_t j = 0; j < cols; ++j)
           for (int64_t i = 0; i < rows; ++i)
             out[i * row_stride + j * col_stride] += in[i * padded + j];
-      } else if (col_stride == 1) {
-        for (int64_t i = 0; i < rows; ++i)
-          for (int64_t j = 0; j < cols; ++j) out[i * row_stride + j] += in[i * padded + j];
       } else {
         for (int64_t i = 0; i < rows; ++i)
           for (int64_t j = 0; j < cols; ++j)

@@ -39,10 +39,11 @@ struct Problem {
   const bool* mask = nullptr;
   int64_t mask_row_stride = 0, mask_col_stride = 0;
   // The result is computed in blocks of this size, numbered row by row.
-  int64_t block_rows, block_cols;
+  int64_t block_rows = 0, block_cols = 0;
 
   int64_t num_row_blocks() const { return blocks(rows.size, block_rows); }
   int64_t num_col_blocks() const { return blocks(cols.size, block_cols); }
+  int64_t num_blocks() const { return num_row_blocks() * num_col_blocks(); }
 
  private:
   // At least one, since there may be a bias without a single weight.

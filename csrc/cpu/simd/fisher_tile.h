@@ -29,57 +29,62 @@ struct Tile {
   float* scores;       // [samples][kWidth]
 };
 
+// Calls visit(r, v, offset of vector v in row r) for each vector of a tile, unrolled.
+template <int R, int V, typename Visit>
+inline void for_each_vector(Visit visit) {
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) visit(r, v, (r * V + v) * kWidth);
+  }
+}
+
 // fisher += sum_n (sum_t rows[n,t] cols[n,t]^T)^2 over a tile of R rows and V vectors of columns.
 // The sums over t are in registers; each element's terms are added in the order of t, then of n.
 template <int R, int V>
-void compute_tile(const Tile& tile) {
-  const float* rows = tile.rows;
-  const float* cols = tile.cols;
+void compute_tile(Tile tile) {
   for (int64_t n = 0; n < tile.samples; ++n) {
     Vec sum[R][V];
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v)
-        sum[r][v] = tile.partial_in ? load(tile.partial_in + (r * V + v) * kWidth) : Vec{};
-    for (int64_t t = 0; t < tile.tokens; ++t, rows += R, cols += V * kWidth) {
+    if (tile.partial_in) {
+      for_each_vector<R, V>([&](int r, int v, int at) { sum[r][v] = load(tile.partial_in + at); });
+    } else {
+      for_each_vector<R, V>([&](int r, int v, int) { sum[r][v] = Vec{}; });
+    }
+    for (int64_t t = 0; t < tile.tokens; ++t, tile.rows += R, tile.cols += V * kWidth) {
       Vec col[V];
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) col[v] = load(cols + v * kWidth);
+      for (int v = 0; v < V; ++v) col[v] = load(tile.cols + v * kWidth);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
-        const Vec row = broadcast(rows[r]);
+        const Vec row = broadcast(tile.rows[r]);
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) sum[r][v] = multiply_add(row, col[v], sum[r][v]);
       }
     }
     if (tile.partial_out) {
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) store(tile.partial_out + (r * V + v) * kWidth, sum[r][v]);
+      for_each_vector<R, V>([&](int r, int v, int at) { store(tile.partial_out + at, sum[r][v]); });
       continue;
     }
-    Vec score{};
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) {
-        const int at = (r * V + v) * kWidth;
-        const Vec f = load(tile.fisher + at);
-        store(tile.fisher + at,
-              tile.squared ? f + sum[r][v] : multiply_add(sum[r][v], sum[r][v], f));
-        if (tile.mask) {
-          const auto mask = *reinterpret_cast<const VecBits*>(tile.mask + at);
-          score += keep(sum[r][v] * sum[r][v], mask);
-        }
-      }
+    if (tile.squared) {
+      for_each_vector<R, V>([&](int r, int v, int at) {
+        store(tile.fisher + at, load(tile.fisher + at) + sum[r][v]);
+      });
+    } else {
+      for_each_vector<R, V>([&](int r, int v, int at) {
+        store(tile.fisher + at, multiply_add(sum[r][v], sum[r][v], load(tile.fisher + at)));
+      });
     }
-    if (tile.mask) store(tile.scores + n * kWidth, load(tile.scores + n * kWidth) + score);
+    if (tile.mask) {
+      Vec score = load(tile.scores + n * kWidth);
+      for_each_vector<R, V>([&](int r, int v, int at) {
+        score += keep(sum[r][v] * sum[r][v], load_bits(tile.mask + at));
+      });
+      store(tile.scores + n * kWidth, score);
+    }
   }
 }
 
-using TileFunction = void (*)(const Tile&);
+using TileFunction = void (*)(Tile);
 
 template <int R>
 TileFunction with_vectors(int64_t vectors) {

@@ -28,6 +28,7 @@ using VecBits = int32_t __attribute__((vector_size(4 * kWidth), may_alias));
 constexpr int64_t kAlignment = 64;
 
 inline Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
+inline VecBits load_bits(const float* p) { return *reinterpret_cast<const VecBits*>(p); }
 inline void store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
 
 // a * b + c, rounded once where the CPU can.
