@@ -1,14 +1,403 @@
+// masked_adamw_: read the tensors' metadata, check it, and share the entries out to threads.
+// The arithmetic is in cpu/simd/adamw.cpp.
+
+#include "cpu/simd/adamw.h"
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cmath>
 #include <optional>
 #include <vector>
-using torch::stable::Tensor;
+
+namespace fishkern::adamw {
 namespace {
-void masked_adamw_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> indices,
-  std::vector<Tensor> exp_avgs, std::vector<Tensor> exp_avg_sqs, std::vector<Tensor> max_exp_avg_sqs, std::vector<Tensor> masters,
-  Tensor steps, Tensor lr, double beta1, double beta2, double eps, double weight_decay, bool maximize,
-  std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf) {
+
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+
+// Fewer entries than this are not worth waking a thread for.
+constexpr int64_t kGrain = 16384;
+constexpr int64_t kBlock = 256;  // positions of a strided tensor that are worked out at a time
+
+int64_t bytes_of(Dtype dtype) {
+  return dtype == Dtype::kDouble ? 8 : dtype == Dtype::kFloat ? 4 : 2;
 }
+
+template <class Pointer>
+Pointer advance(Pointer data, int64_t bytes) {
+  using Byte =
+      std::conditional_t<std::is_const_v<std::remove_pointer_t<Pointer>>, const char, char>;
+  return data ? static_cast<Byte*>(data) + bytes : nullptr;
 }
-STABLE_TORCH_LIBRARY_IMPL(fishkern_native, CPU, m) { m.impl("masked_adamw_", TORCH_BOX(&masked_adamw_)); }
+
+// Sizes and strides; without dimensions where the tensor is contiguous.
+struct Layout {
+  const int64_t* sizes = nullptr;
+  const int64_t* strides = nullptr;
+  int64_t dim = 0;
+
+  explicit Layout(const Tensor& tensor) {
+    if (tensor.is_contiguous()) return;
+    dim = tensor.dim();
+    sizes = tensor.sizes().data();
+    strides = tensor.strides().data();
+  }
+
+  bool contiguous() const { return dim == 0; }
+
+  int64_t offset(int64_t flat) const {
+    if (contiguous()) return flat;
+    int64_t result = 0;
+    for (int64_t d = dim - 1; d >= 0; --d) {
+      const int64_t rest = flat / sizes[d];
+      result += (flat - rest * sizes[d]) * strides[d];
+      flat = rest;
+    }
+    return result;
+  }
+};
+
+// All selected entries of one tensor.
+struct Entries {
+  Run run;
+  Step step;
+  Layout param_layout, grad_layout;
+  bool grad_selected;  // the gradient holds the selected entries only
+};
+
+Run slice(const Run& run, int64_t begin, int64_t count) {
+  const auto shift = [begin](Positions& where, auto& data, Dtype dtype) {
+    if (where.at) {
+      where.at = advance(where.at, begin * where.bytes);
+    } else {
+      data = advance(data, begin * bytes_of(dtype));
+    }
+  };
+  Run part = run;
+  part.count = count;
+  shift(part.param_at, part.param, run.param_dtype);
+  shift(part.grad_at, part.grad, run.grad_dtype);
+  for (void** state : {&part.exp_avg, &part.exp_avg_sq, &part.max_exp_avg_sq, &part.master}) {
+    *state = advance(*state, begin * bytes_of(run.state_dtype));
+  }
+  return part;
+}
+
+void update_part(const Entries& entries, int64_t begin, int64_t count) {
+  const Run& run = entries.run;
+  const bool in_double = run.param_dtype == Dtype::kDouble || run.state_dtype == Dtype::kDouble;
+  const auto update = in_double ? &update_in_double : FISHKERN_FOR_THIS_CPU(update);
+  if (entries.param_layout.contiguous() && entries.grad_layout.contiguous()) {
+    return update(slice(run, begin, count), entries.step);
+  }
+  // Strided: the same, from positions worked out block by block.
+  int64_t param_at[kBlock], grad_at[kBlock];
+  for (const int64_t end = begin + count; begin < end; begin += kBlock) {
+    Run part = slice(run, begin, std::min(kBlock, end - begin));
+    for (int64_t i = 0; i < part.count; ++i) {
+      const int64_t flat = run.param_at.at == nullptr ? begin + i
+                           : run.param_at.bytes == 4
+                               ? static_cast<const int32_t*>(run.param_at.at)[begin + i]
+                               : static_cast<const int64_t*>(run.param_at.at)[begin + i];
+      param_at[i] = entries.param_layout.offset(flat);
+      grad_at[i] = entries.grad_layout.offset(entries.grad_selected ? begin + i : flat);
+    }
+    part.param = run.param;
+    part.grad = run.grad;
+    part.param_at = {param_at, 8};
+    part.grad_at = {grad_at, 8};
+    update(part, entries.step);
+  }
+}
+
+// Threads get equal shares of all entries together, so that a large tensor is shared. Each entry
+// is computed by itself: the result does not depend on the shares.
+void update_all(const std::vector<Entries>& all) {
+  std::vector<int64_t> ends;
+  ends.reserve(all.size());
+  int64_t total = 0;
+  for (const Entries& entries : all) ends.push_back(total += entries.run.count);
+  if (total < 2 * kGrain) {
+    for (const Entries& entries : all) update_part(entries, 0, entries.run.count);
+    return;
+  }
+  torch::stable::parallel_for(0, total, kGrain, [&](int64_t begin, int64_t end) {
+    size_t i = std::upper_bound(ends.begin(), ends.end(), begin) - ends.begin();
+    for (; begin < end; ++i) {
+      const int64_t first = ends[i] - all[i].run.count;
+      const int64_t last = std::min(end, ends[i]);
+      if (last > begin) update_part(all[i], begin - first, last - begin);
+      begin = std::max(begin, last);
+    }
+  });
+}
+
+// Metadata. Each question to a tensor is a call through the C ABI: ask once.
+
+bool is_dtype(int32_t dtype, int32_t (*other)()) { return dtype == other(); }
+
+int32_t raw_dtype(const Tensor& tensor) {
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
+  return dtype;
+}
+
+Dtype floating_dtype(const Tensor& tensor, const char* name, size_t i) {
+  const int32_t dtype = raw_dtype(tensor);
+  if (is_dtype(dtype, aoti_torch_dtype_float32)) return Dtype::kFloat;
+  if (is_dtype(dtype, aoti_torch_dtype_bfloat16)) return Dtype::kBFloat16;
+  if (is_dtype(dtype, aoti_torch_dtype_float16)) return Dtype::kHalf;
+  STD_TORCH_CHECK(is_dtype(dtype, aoti_torch_dtype_float64), name, "[", i,
+                  "] is neither float32, bfloat16, float16 nor float64");
+  return Dtype::kDouble;
+}
+
+// The state tensors: contiguous, of one dtype and length; the last two may be missing.
+struct State {
+  Dtype dtype;
+  void* exp_avg;
+  void* exp_avg_sq;
+  void* max_exp_avg_sq;
+  void* master;
+
+  State(const Tensor& m, const Tensor& v, const Tensor* v_max, const Tensor* p, int64_t count,
+        size_t i)
+      : dtype(floating_dtype(m, "exp_avgs", i)),
+        exp_avg(data(&m, count, "exp_avgs", i)),
+        exp_avg_sq(data(&v, count, "exp_avg_sqs", i)),
+        max_exp_avg_sq(data(v_max, count, "max_exp_avg_sqs", i)),
+        master(data(p, count, "masters", i)) {}
+
+  void assign(Run& run, int64_t begin) const {
+    run.state_dtype = dtype;
+    run.exp_avg = advance(exp_avg, begin * bytes_of(dtype));
+    run.exp_avg_sq = advance(exp_avg_sq, begin * bytes_of(dtype));
+    run.max_exp_avg_sq = advance(max_exp_avg_sq, begin * bytes_of(dtype));
+    run.master = advance(master, begin * bytes_of(dtype));
+  }
+
+ private:
+  void* data(const Tensor* tensor, int64_t count, const char* name, size_t i) const {
+    if (tensor == nullptr) return nullptr;
+    STD_TORCH_CHECK(tensor->numel() == count && tensor->is_contiguous() &&
+                        floating_dtype(*tensor, name, i) == dtype &&
+                        (dtype == Dtype::kFloat || dtype == Dtype::kDouble),
+                    name, "[", i,
+                    "] must be contiguous and float32 as the rest of the state, with ", count,
+                    " entries");
+    return tensor->mutable_data_ptr();
+  }
+};
+
+double scalar(const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.numel() == 1, name, " must hold one number");
+  const int32_t dtype = raw_dtype(tensor);
+  if (is_dtype(dtype, aoti_torch_dtype_float64)) {
+    return *static_cast<const double*>(tensor.const_data_ptr());
+  }
+  STD_TORCH_CHECK(is_dtype(dtype, aoti_torch_dtype_float32), name,
+                  " must be a float32 or float64 tensor");
+  return *static_cast<const float*>(tensor.const_data_ptr());
+}
+
+template <class Index>
+void check_range(const void* indices, int64_t count, int64_t numel, size_t i) {
+  const auto* index = static_cast<const Index*>(indices);
+  for (const int64_t value : {int64_t{index[0]}, int64_t{index[count - 1]}}) {
+    STD_TORCH_CHECK(0 <= value && value < numel, "indices[", i, "] holds ", value, ", but params[",
+                    i, "] has ", numel, " entries");
+  }
+}
+
+struct Options {
+  double lr, beta1, beta2, eps, weight_decay, grad_divisor;
+
+  Step at(double number) const {
+    return {.decay = 1 - lr * weight_decay,
+            .beta1 = beta1,
+            .beta2 = beta2,
+            .eps = eps,
+            .size = lr / (1 - std::pow(beta1, number)),
+            .rescale = 1 / std::sqrt(1 - std::pow(beta2, number)),
+            .grad_divisor = grad_divisor};
+  }
+};
+
+// The steps of all tensors; most often they are equal, and two powers are worth saving.
+class Steps {
+ public:
+  Steps(const Tensor& steps, size_t n, const Options& options) : options_(options) {
+    STD_TORCH_CHECK(steps.numel() == static_cast<int64_t>(n) && steps.is_contiguous() &&
+                        is_dtype(raw_dtype(steps), aoti_torch_dtype_float32),
+                    "steps must be a contiguous float32 tensor with ", n, " entries");
+    numbers_ = static_cast<const float*>(steps.const_data_ptr());
+  }
+
+  const Step& operator[](size_t i) {
+    if (numbers_[i] != number_) step_ = options_.at(number_ = numbers_[i]);
+    return step_;
+  }
+
+ private:
+  Options options_;
+  const float* numbers_;
+  float number_ = 0;
+  Step step_ = options_.at(0);
+};
+
+// One tensor's parameter and gradient; `indices` is null where every entry is selected.
+Entries entries_of(const Tensor& param, const Tensor& grad, Positions indices, int64_t count,
+                   const Step& step, size_t i) {
+  const int64_t numel = param.numel();
+  const int64_t grad_numel = grad.numel();
+  STD_TORCH_CHECK(grad_numel == numel || grad_numel == count, "grads[", i, "] has ", grad_numel,
+                  " entries; params[", i, "] has ", numel, ", selected are ", count);
+  if (indices.at == nullptr) {
+    STD_TORCH_CHECK(count == numel, "indices[", i, "] is empty, but there is state for ", count,
+                    " of ", numel, " entries");
+  } else if (indices.bytes == 4) {
+    check_range<int32_t>(indices.at, count, numel, i);
+  } else {
+    check_range<int64_t>(indices.at, count, numel, i);
+  }
+  const bool grad_selected = grad_numel == count;
+  return {.run = {.count = count,
+                  .param = param.mutable_data_ptr(),
+                  .grad = grad.const_data_ptr(),
+                  .param_dtype = floating_dtype(param, "params", i),
+                  .grad_dtype = floating_dtype(grad, "grads", i),
+                  .state_dtype = Dtype::kFloat,
+                  .param_at = indices,
+                  .grad_at = grad_selected ? Positions{nullptr, 0} : indices,
+                  .exp_avg = nullptr,
+                  .exp_avg_sq = nullptr,
+                  .max_exp_avg_sq = nullptr,
+                  .master = nullptr},
+          .step = step,
+          .param_layout = Layout(param),
+          .grad_layout = Layout(grad),
+          .grad_selected = grad_selected};
+}
+
+int64_t index_bytes(const Tensor& indices) {
+  const int32_t dtype = raw_dtype(indices);
+  const bool is_int = is_dtype(dtype, aoti_torch_dtype_int32);
+  STD_TORCH_CHECK((is_int || is_dtype(dtype, aoti_torch_dtype_int64)) && indices.is_contiguous(),
+                  "indices must be contiguous, int32 or int64");
+  return is_int ? 4 : 8;
+}
+
+bool skipped(const std::optional<Tensor>& found_inf) {
+  return found_inf.has_value() && scalar(*found_inf, "found_inf") != 0;
+}
+
+double grad_divisor(const std::optional<Tensor>& grad_scale, bool maximize) {
+  const double scale = grad_scale.has_value() ? scalar(*grad_scale, "grad_scale") : 1;
+  return maximize ? -scale : scale;
+}
+
+}  // namespace
+
+void masked_adamw_(const Tensors& params, const Tensors& grads, const Tensors& indices,
+                   const Tensors& exp_avgs, const Tensors& exp_avg_sqs,
+                   const Tensors& max_exp_avg_sqs, const Tensors& masters, const Tensor& steps,
+                   const Tensor& lr, double beta1, double beta2, double eps, double weight_decay,
+                   bool maximize, const std::optional<Tensor>& grad_scale,
+                   const std::optional<Tensor>& found_inf) {
+  if (skipped(found_inf)) return;
+  const size_t n = params.size();
+  for (const Tensors* list : {&grads, &indices, &exp_avgs, &exp_avg_sqs}) {
+    STD_TORCH_CHECK(list->size() == n, "lists of different lengths: ", list->size(), " and ", n);
+  }
+  for (const Tensors* list : {&max_exp_avg_sqs, &masters}) {
+    STD_TORCH_CHECK(list->empty() || list->size() == n, "an optional list has ", list->size(),
+                    " entries, params ", n);
+  }
+  Steps step(
+      steps, n,
+      {scalar(lr, "lr"), beta1, beta2, eps, weight_decay, grad_divisor(grad_scale, maximize)});
+  std::vector<Entries> all;
+  all.reserve(n);
+  for (size_t i = 0; i < n; ++i) {
+    const int64_t count = exp_avgs[i].numel();
+    const int64_t selected = indices[i].numel();
+    STD_TORCH_CHECK(selected == 0 || selected == count, "exp_avgs[", i, "] has ", count,
+                    " entries, indices[", i, "] ", selected);
+    if (count == 0) continue;
+    Positions where{nullptr, 0};
+    if (selected) where = {indices[i].const_data_ptr(), index_bytes(indices[i])};
+    Entries& entries = all.emplace_back(entries_of(params[i], grads[i], where, count, step[i], i));
+    const Tensor* v_max = max_exp_avg_sqs.empty() ? nullptr : &max_exp_avg_sqs[i];
+    const Tensor* master = masters.empty() || masters[i].numel() == 0 ? nullptr : &masters[i];
+    State(exp_avgs[i], exp_avg_sqs[i], v_max, master, count, i).assign(entries.run, 0);
+  }
+  update_all(all);
+}
+
+// The same with the state of all tensors in one: that of tensor i are the entries from offsets[i]
+// to offsets[i + 1]. The indices lie packed too, but a tensor with as many entries as it has
+// numbers takes none. Half of a small step is the reading of lists; this one reads two in place of
+// five.
+void masked_adamw_packed_(const Tensors& params, const Tensors& grads, const Tensor& offsets,
+                          const Tensor& indices, const Tensor& exp_avg, const Tensor& exp_avg_sq,
+                          const std::optional<Tensor>& max_exp_avg_sq,
+                          const std::optional<Tensor>& master, const Tensor& steps,
+                          const Tensor& lr, double beta1, double beta2, double eps,
+                          double weight_decay, bool maximize,
+                          const std::optional<Tensor>& grad_scale,
+                          const std::optional<Tensor>& found_inf) {
+  if (skipped(found_inf)) return;
+  const size_t n = params.size();
+  STD_TORCH_CHECK(grads.size() == n, "grads has ", grads.size(), " entries, params ", n);
+  STD_TORCH_CHECK(offsets.numel() == static_cast<int64_t>(n) + 1 && offsets.is_contiguous() &&
+                      is_dtype(raw_dtype(offsets), aoti_torch_dtype_int64),
+                  "offsets must be a contiguous int64 tensor with ", n + 1, " entries");
+  const auto* offset = static_cast<const int64_t*>(offsets.const_data_ptr());
+  const int64_t total = exp_avg.numel();
+  STD_TORCH_CHECK(offset[0] == 0 && offset[n] == total, "offsets must run from 0 to ", total,
+                  ", the number of entries in exp_avg");
+  const State state(exp_avg, exp_avg_sq, max_exp_avg_sq ? &*max_exp_avg_sq : nullptr,
+                    master ? &*master : nullptr, total, 0);
+  const Positions packed{indices.const_data_ptr(), index_bytes(indices)};
+  const int64_t stored = indices.numel();
+  Steps step(
+      steps, n,
+      {scalar(lr, "lr"), beta1, beta2, eps, weight_decay, grad_divisor(grad_scale, maximize)});
+  std::vector<Entries> all;
+  all.reserve(n);
+  int64_t used = 0;
+  for (size_t i = 0; i < n; ++i) {
+    const int64_t count = offset[i + 1] - offset[i];
+    STD_TORCH_CHECK(count >= 0, "offsets must not descend, but do at ", i);
+    if (count == 0) continue;
+    Positions where{nullptr, 0};
+    if (count != params[i].numel()) {
+      where = {advance(packed.at, used * packed.bytes), packed.bytes};
+      used += count;
+      STD_TORCH_CHECK(used <= stored, "indices has ", stored, " entries, too few for params[", i,
+                      "]");
+    }
+    Entries& entries = all.emplace_back(entries_of(params[i], grads[i], where, count, step[i], i));
+    state.assign(entries.run, offset[i]);
+  }
+  STD_TORCH_CHECK(used == stored, "indices has ", stored, " entries, of which ", used, " are used");
+  update_all(all);
+}
+
+}  // namespace fishkern::adamw
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fishkern_native, m) {
+  m.def(
+      "masked_adamw_packed_(Tensor(a!)[] params, Tensor[] grads, Tensor offsets, Tensor indices, "
+      "Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!)? max_exp_avg_sq, Tensor(e!)? master, "
+      "Tensor steps, Tensor lr, float beta1, float beta2, float eps, float weight_decay, "
+      "bool maximize=False, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fishkern_native, CPU, m) {
+  m.impl("masked_adamw_", TORCH_BOX(&fishkern::adamw::masked_adamw_));
+  m.impl("masked_adamw_packed_", TORCH_BOX(&fishkern::adamw::masked_adamw_packed_));
+}

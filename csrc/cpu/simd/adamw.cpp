@@ -1,0 +1,324 @@
+// AdamW on a run of entries, one block at a time: gather the parameter and the gradient into
+// float32 buffers that stay in the first-level cache, update them with full vectors, scatter the
+// parameter back. What is float32 and side by side already is updated where it lies.
+//
+// Multiplications and additions are never contracted, so every instruction set and every way to
+// split the work gives the same bits.
+
+#include "cpu/simd/adamw.h"
+
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#if defined(__clang__)
+#pragma STDC FP_CONTRACT OFF
+#else
+#pragma GCC optimize("fp-contract=off")
+#endif
+
+namespace fishkern::adamw::FISHKERN_ISA {
+namespace {
+
+constexpr int64_t kBlock = 128;
+// So many entries ahead of its use a cache line is asked for: far enough to cover the latency of
+// memory, near enough not to drop out of the first-level cache. The state is read in order, which
+// the processor foresees by itself but for the start of each page.
+constexpr int64_t kAhead = 64;
+constexpr int64_t kStateAhead = 256;
+
+#if defined(__AVX512F__)
+constexpr int64_t kWidth = 16;
+#elif defined(__AVX2__)
+constexpr int64_t kWidth = 8;
+#else
+constexpr int64_t kWidth = 4;
+#endif
+using Vector = float __attribute__((vector_size(kWidth * sizeof(float))));
+
+// Nothing from the standard library's headers but memcpy: an inline function of theirs would be
+// compiled once per instruction set, and the linker would keep any one of them.
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+inline Vector load(const float* from) {
+  Vector x;
+  std::memcpy(&x, from, sizeof(x));
+  return x;
+}
+
+inline void store(float* to, Vector x) { std::memcpy(to, &x, sizeof(x)); }
+
+inline Vector square_root(Vector x) {
+#if defined(__AVX512F__)
+  return (Vector)_mm512_maskz_sqrt_ps(0xffff, (__m512)x);
+#elif defined(__AVX2__)
+  return (Vector)_mm256_sqrt_ps((__m256)x);
+#elif defined(__SSE2__)
+  return (Vector)_mm_sqrt_ps((__m128)x);
+#else
+  for (int64_t i = 0; i < kWidth; ++i) {
+    x[i] = __builtin_sqrtf(x[i]);
+  }
+  return x;
+#endif
+}
+
+// Storage types. Conversions round to nearest, ties to even.
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+struct Half {
+  uint16_t bits;
+};
+
+inline uint32_t bits_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  return bits;
+}
+
+inline float float_of(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+
+inline float widen(float x) { return x; }
+
+inline float widen(double x) { return static_cast<float>(x); }
+
+inline float widen(BFloat16 x) { return float_of(uint32_t{x.bits} << 16); }
+
+inline float widen(Half x) {
+#if defined(__F16C__)
+  return _cvtsh_ss(x.bits);
+#else
+  const uint32_t sign = uint32_t{x.bits & 0x8000u} << 16;
+  const uint32_t rest = x.bits & 0x7fffu;
+  if (rest >= 0x7c00) {  // infinity, NaN
+    return float_of(sign | 0x7f800000 | (rest & 0x3ff) << 13);
+  }
+  // Put the exponent where float32 has it; the product corrects the bias, also for subnormals.
+  return float_of(sign | bits_of(float_of(rest << 13) * 0x1p112f));
+#endif
+}
+
+inline void narrow(float x, float& to) { to = x; }
+
+inline void narrow(float x,
+                   double& to) {  // for completeness: such parameters are updated in double
+  to = x;
+}
+
+inline void narrow(float x, BFloat16& to) {
+  const uint32_t bits = bits_of(x);
+  const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  to.bits = static_cast<uint16_t>(x != x ? 0x7fc0 : rounded);
+}
+
+inline void narrow(float x, Half& to) {
+#if defined(__F16C__)
+  to.bits = _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  const uint32_t bits = bits_of(x);
+  const uint32_t sign = bits >> 16 & 0x8000;
+  const uint32_t rest = bits & 0x7fffffff;
+  uint32_t result;
+  if (rest > 0x7f800000) {  // NaN
+    result = 0x7e00;
+  } else if (rest >= 0x477ff000) {  // rounds to 65536 or more
+    result = 0x7c00;
+  } else if (rest < 0x38800000) {  // subnormal: let an addition round at the last bit
+    result = bits_of(float_of(rest) + 0.5f) - bits_of(0.5f);
+  } else {
+    result = (rest - 0x38000000 + 0xfff + (rest >> 13 & 1)) >> 13;
+  }
+  to.bits = static_cast<uint16_t>(sign | result);
+#endif
+}
+
+// Calls `function` with a value of the type that `dtype` names.
+template <class Function>
+void with_type(Dtype dtype, const Function& function) {
+  switch (dtype) {
+    case Dtype::kFloat:
+      return function(float{});
+    case Dtype::kBFloat16:
+      return function(BFloat16{});
+    case Dtype::kHalf:
+      return function(Half{});
+    case Dtype::kDouble:
+      return function(double{});
+  }
+}
+
+template <class Function>
+void with_positions(Positions where, const Function& function) {
+  if (where.bytes == 4) return function(static_cast<const int32_t*>(where.at));
+  function(static_cast<const int64_t*>(where.at));
+}
+
+// The entries [begin, begin + n) of a tensor as floats.
+void read(float* to, const void* data, Dtype dtype, Positions where, int64_t begin, int64_t n) {
+  with_type(dtype, [&](auto type) {
+    const auto* from = static_cast<const decltype(type)*>(data);
+    if (where.at == nullptr) {
+      for (int64_t i = 0; i < n; ++i) to[i] = widen(from[begin + i]);
+    } else {
+      with_positions(where, [&](const auto* at) {
+        for (int64_t i = 0; i < n; ++i) to[i] = widen(from[at[begin + i]]);
+      });
+    }
+  });
+}
+
+void write(const float* from, void* data, Dtype dtype, Positions where, int64_t begin, int64_t n) {
+  with_type(dtype, [&](auto type) {
+    auto* to = static_cast<decltype(type)*>(data);
+    if (where.at == nullptr) {
+      for (int64_t i = 0; i < n; ++i) narrow(from[i], to[begin + i]);
+    } else {
+      with_positions(where, [&](const auto* at) {
+        for (int64_t i = 0; i < n; ++i) narrow(from[i], to[at[begin + i]]);
+      });
+    }
+  });
+}
+
+// Entries up to `end` of parameter and gradient, from the same positions. The lines of every
+// kEvery-th later entry are asked for ahead of its use. Returns where it stopped.
+template <int64_t kEvery, class Param, class Grad, class Index>
+int64_t gather_ahead(float* p, const Param* param, float* g, const Grad* grad, const Index* at,
+                     int64_t end) {
+  int64_t i = 0;
+  for (; i + kEvery <= end; i += kEvery) {
+    __builtin_prefetch(param + at[i + kAhead]);
+    __builtin_prefetch(grad + at[i + kAhead]);
+    for (int64_t j = i; j < i + kEvery; ++j) {
+      p[j] = widen(param[at[j]]);
+      g[j] = widen(grad[at[j]]);
+    }
+  }
+  return i;
+}
+
+template <class Param, class Grad, class Index>
+void gather_both(float* p, const Param* param, float* g, const Grad* grad, const Index* at,
+                 int64_t n, int64_t left) {
+  const bool crowded = at[n - 1] - at[0] < 4 * n;  // four or more to a cache line
+  const int64_t end = smaller(n, left - kAhead);
+  int64_t i = crowded ? gather_ahead<4>(p, param, g, grad, at, end)
+                      : gather_ahead<1>(p, param, g, grad, at, end);
+  for (; i < n; ++i) {
+    p[i] = widen(param[at[i]]);
+    g[i] = widen(grad[at[i]]);
+  }
+}
+
+void read_both(float* p, float* g, const Run& run, int64_t begin, int64_t n) {
+  with_type(run.param_dtype, [&](auto param) {
+    with_type(run.grad_dtype, [&](auto grad) {
+      with_positions(run.param_at, [&](const auto* at) {
+        gather_both(p, static_cast<const decltype(param)*>(run.param), g,
+                    static_cast<const decltype(grad)*>(run.grad), at + begin, n, run.count - begin);
+      });
+    });
+  });
+}
+
+struct Arithmetic {
+  float decay, beta2, weight1, weight2, eps, size, rescale, grad_divisor;
+  bool near_old;  // lerp starts from its nearer end, as torch.lerp does
+
+  explicit Arithmetic(const Step& step)
+      : decay(step.decay),
+        beta2(step.beta2),
+        weight1(step.beta1 > 0.5 ? 1 - step.beta1 : -step.beta1),
+        weight2(1 - step.beta2),
+        eps(step.eps),
+        size(step.size),
+        rescale(step.rescale),
+        grad_divisor(step.grad_divisor),
+        near_old(step.beta1 > 0.5) {}
+
+  inline void operator()(float* p, const float* g, float* m, float* v, float* v_max) const {
+    Vector grad = load(g);
+    if (grad_divisor != 1) {
+      grad /= grad_divisor;
+    }
+    const Vector old = load(m);
+    const Vector exp_avg = (near_old ? old : grad) + weight1 * (grad - old);
+    store(m, exp_avg);
+    Vector second = beta2 * load(v) + weight2 * (grad * grad);
+    store(v, second);
+    if (v_max != nullptr) {
+      const Vector largest = load(v_max);
+      second = (largest > second) | (largest != largest) ? largest : second;  // a NaN stays
+      store(v_max, second);
+    }
+    const Vector denominator = square_root(second) * rescale + eps;
+    store(p, load(p) * decay - size * exp_avg / denominator);
+  }
+};
+
+// n entries that lie side by side; v_max may be null.
+void update_block(const Arithmetic& arithmetic, float* p, const float* g, float* m, float* v,
+                  float* v_max, int64_t n) {
+  int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) {
+    __builtin_prefetch(m + i + kStateAhead);
+    __builtin_prefetch(v + i + kStateAhead);
+    arithmetic(p + i, g + i, m + i, v + i, v_max ? v_max + i : nullptr);
+  }
+  if (const size_t rest = sizeof(float) * (n - i)) {
+    float tail[5][kWidth] = {};
+    std::memcpy(tail[0], p + i, rest);
+    std::memcpy(tail[1], g + i, rest);
+    std::memcpy(tail[2], m + i, rest);
+    std::memcpy(tail[3], v + i, rest);
+    if (v_max) {
+      std::memcpy(tail[4], v_max + i, rest);
+    }
+    arithmetic(tail[0], tail[1], tail[2], tail[3], v_max ? tail[4] : nullptr);
+    std::memcpy(p + i, tail[0], rest);
+    std::memcpy(m + i, tail[2], rest);
+    std::memcpy(v + i, tail[3], rest);
+    if (v_max) {
+      std::memcpy(v_max + i, tail[4], rest);
+    }
+  }
+}
+
+}  // namespace
+
+void update(const Run& run, const Step& step) {
+  const Arithmetic arithmetic(step);
+  const bool param_lies = run.param_dtype == Dtype::kFloat && run.param_at.at == nullptr;
+  const bool grad_lies = run.grad_dtype == Dtype::kFloat && run.grad_at.at == nullptr;
+  const bool together = run.param_at.at != nullptr && run.param_at.at == run.grad_at.at;
+  const bool in_place = param_lies && run.master == nullptr;
+  auto* const full = static_cast<float*>(in_place ? run.param : run.master);
+  auto* const m = static_cast<float*>(run.exp_avg);
+  auto* const v = static_cast<float*>(run.exp_avg_sq);
+  auto* const v_max = static_cast<float*>(run.max_exp_avg_sq);
+  alignas(64) float p_buffer[kBlock], g_buffer[kBlock];
+  for (int64_t begin = 0; begin < run.count; begin += kBlock) {
+    const int64_t n = smaller(kBlock, run.count - begin);
+    float* const p = full ? full + begin : p_buffer;
+    const float* const g = grad_lies ? static_cast<const float*>(run.grad) + begin : g_buffer;
+    if (together) {
+      read_both(p_buffer, g_buffer, run, begin, n);
+    } else {
+      if (!full) read(p_buffer, run.param, run.param_dtype, run.param_at, begin, n);
+      if (!grad_lies) read(g_buffer, run.grad, run.grad_dtype, run.grad_at, begin, n);
+    }
+    update_block(arithmetic, p, g, m + begin, v + begin, v_max ? v_max + begin : nullptr, n);
+    if (!in_place) write(p, run.param, run.param_dtype, run.param_at, begin, n);
+  }
+}
+
+}  // namespace fishkern::adamw::FISHKERN_ISA

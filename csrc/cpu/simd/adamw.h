@@ -1,0 +1,48 @@
+// AdamW on a run of entries: what the variants in simd/adamw.cpp compute, and from what.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/capability.h"
+
+namespace fishkern::adamw {
+
+enum class Dtype : uint8_t { kFloat, kBFloat16, kHalf, kDouble };
+
+// Where the entries of a run lie in a tensor: at at[0], at[1], ..., or side by side where null.
+struct Positions {
+  const void* at;
+  int64_t bytes;  // of one position: 4 or 8
+};
+
+// `count` entries of one tensor. The state is contiguous, one number for each entry.
+struct Run {
+  int64_t count;
+  void* param;
+  const void* grad;
+  Dtype param_dtype, grad_dtype, state_dtype;
+  Positions param_at, grad_at;
+  void* exp_avg;
+  void* exp_avg_sq;
+  void* max_exp_avg_sq;  // null: no AMSGrad
+  void* master;          // the parameter in full precision; null: the parameter is its own
+};
+
+// The numbers of one step, the bias corrections folded in, in double until they are used.
+struct Step {
+  double decay;  // 1 - lr weight_decay
+  double beta1;
+  double beta2;
+  double eps;
+  double size;          // lr / (1 - beta1^step)
+  double rescale;       // 1 / sqrt(1 - beta2^step)
+  double grad_divisor;  // the gradient scale; negative in order to maximize
+};
+
+// In float32; neither parameter nor state may be float64.
+FISHKERN_DECLARE_FOR_EACH_ISA(void update(const Run& run, const Step& step);)
+
+// In float64, any dtypes; plain code.
+void update_in_double(const Run& run, const Step& step);
+
+}  // namespace fishkern::adamw
