@@ -2,6 +2,24 @@
 
 from fishkern import functional
 from fishkern._dispatch import use_backend
+from fishkern.diagonal import FisherDiagonal
+from fishkern.fisher import FisherVerificationError, estimate_fisher
+from fishkern.masks import SparseMask, select
+from fishkern.optim import FishSparseAdamW
+from fishkern.recipe import create_fish_optimizer
+from fishkern.train_only import attached, train_only
 
-__all__ = ["functional", "use_backend"]
+__all__ = [
+    "FishSparseAdamW",
+    "FisherDiagonal",
+    "FisherVerificationError",
+    "SparseMask",
+    "attached",
+    "create_fish_optimizer",
+    "estimate_fisher",
+    "functional",
+    "select",
+    "train_only",
+    "use_backend",
+]
 __version__ = "0.1.0"

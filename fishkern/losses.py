@@ -32,7 +32,7 @@ def default_loss(model: nn.Module) -> LossFn:
     def loss_fn(model: nn.Module, batch: Any) -> Tensor:
         nonlocal checked
         labels = _labels(batch)
-        outputs = _call(model, batch, with_labels=not checked or is_encoder_decoder(model))
+        outputs = _call(model, batch, with_labels=not checked or _needs_labels(model))
         losses = sample_losses(model, _logits(outputs), labels)
         if not checked:
             _check_own_loss(model, outputs, losses.detach(), labels)
@@ -88,6 +88,11 @@ def shifts(model: nn.Module) -> bool:
 def is_encoder_decoder(model: nn.Module) -> bool:
     """Whether the model makes its decoder's inputs from the labels."""
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def _needs_labels(model: nn.Module) -> bool:
+    """transformers' models run without labels; of others it is not known."""
+    return is_encoder_decoder(model) or not hasattr(model, "config")
 
 
 def base_model(model: nn.Module) -> nn.Module:

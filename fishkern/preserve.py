@@ -54,7 +54,7 @@ def scoring_mode(model: nn.Module, candidates: Iterable[nn.Parameter]) -> Iterat
     """
     candidates = list(candidates)
     with ExitStack() as stack:
-        stack.enter_context(_random_state())
+        stack.enter_context(random_state())
         stack.enter_context(_restored(_training_flags(model)))
         stack.enter_context(_restored([_grad_flag(p) for p in model.parameters()]))
         stack.enter_context(_restored([_grad(p) for p in candidates]))
@@ -121,7 +121,8 @@ def _buffers(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _random_state() -> Iterator[None]:
+def random_state() -> Iterator[None]:
+    """The random states of torch and of Python are put back."""
     state = random.getstate()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     try:

@@ -8,9 +8,12 @@ from fishkern.interception import linear  # registers its rules
 from fishkern.interception.capture import (
     Site,
     can_intercept,
+    exchange_class,
     intercepted,
+    original_class,
     original_parameters,
     run_intercepted,
+    subclass,
 )
 from fishkern.interception.rules import Rule, register_rule, rule_for
 
@@ -18,10 +21,13 @@ __all__ = [
     "Rule",
     "Site",
     "can_intercept",
+    "exchange_class",
     "intercepted",
     "linear",
+    "original_class",
     "original_parameters",
     "register_rule",
     "rule_for",
     "run_intercepted",
+    "subclass",
 ]

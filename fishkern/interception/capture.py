@@ -89,13 +89,14 @@ def original_class(module: nn.Module) -> type[nn.Module]:
 
 def exchange_class(module: nn.Module, members: Callable[[type[nn.Module]], dict[str, Any]]) -> None:
     """Give the module a subclass of its class with the members that ``members(cls)`` returns."""
-    module.__class__ = _subclass(original_class(module), members)
+    module.__class__ = subclass(original_class(module), members)
 
 
 @functools.cache
-def _subclass(
+def subclass(
     cls: type[nn.Module], members: Callable[[type[nn.Module]], dict[str, Any]]
 ) -> type[nn.Module]:
+    """A subclass that passes for the class itself; the same one for the same members."""
     identity = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     return type(cls.__name__, (cls,), {**identity, "_fishkern_original": cls, **members(cls)})
 

@@ -1,0 +1,289 @@
+"""``train_only``: the selected entries become the model's only trainable parameters."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+
+from fishkern.interception import exchange_class, original_class
+from fishkern.leaves import CHILD, Leaves, gather, owner_members
+from fishkern.masks import SparseMask
+from fishkern.names import canonical_name, named_parameters, suggest
+
+__all__ = ["Handle", "attached", "train_only"]
+
+_ATTACHMENT = "_fishkern_attachment"
+_handles: weakref.WeakSet[Handle] = weakref.WeakSet()
+
+
+def train_only(model: nn.Module, mask: SparseMask, *, unlisted: str = "error") -> Handle:
+    """Make the selected entries the model's only trainable parameters.
+
+    Each tensor with selected entries gets one 1-D float32 leaf parameter with their values, and
+    every dense weight is frozen. From then on the model has exactly ``mask.num_selected`` trainable
+    numbers: gradients, clipping, accumulation, DDP and any elementwise optimizer see these alone.
+    The weights follow the leaves after each optimizer step; ``state_dict()`` keeps its keys.
+
+    Attach before building the optimizer and before wrapping the model.
+
+    Args:
+        model: The model; changed in place until ``handle.remove()``.
+        mask: What to train, by the names of ``model.named_parameters()``.
+        unlisted: What becomes of a trainable parameter that the mask does not know: "error",
+            "train" (it stays an ordinary trainable parameter), or "freeze".
+
+    Returns:
+        The handle; also ``fishkern.attached(model)``.
+
+    Raises:
+        ValueError: The mask does not fit the model, or the model is a wrapper.
+        RuntimeError: The model, or a part of it, is attached already.
+
+    Example:
+        >>> import torch, fishkern
+        >>> model = torch.nn.Linear(3, 2)
+        >>> mask = fishkern.SparseMask({"weight": torch.tensor([1, 5])}, {"weight": (2, 3)})
+        >>> handle = fishkern.train_only(model, mask, unlisted="freeze")
+        >>> [(name, p.numel()) for name, p in handle.named_parameters()]
+        [('fishkern_leaves.weight', 2)]
+        >>> optimizer = torch.optim.SGD(handle.parameters(), lr=0.1)
+        >>> model(torch.ones(1, 3)).sum().backward()
+        >>> optimizer.step()
+        >>> handle.remove()
+    """
+    _check_model(model)
+    params = named_parameters(model)
+    _check_mask(params, mask)
+    strangers = [n for n, p in params.items() if p.requires_grad and n not in mask]
+    if unlisted not in ("error", "train", "freeze"):
+        raise ValueError(f'unlisted is {unlisted!r}: choose "error", "train" or "freeze"')
+    if strangers and unlisted == "error":
+        raise ValueError(
+            f"{', '.join(map(repr, strangers[:5]))}{' ...' if len(strangers) > 5 else ''} are "
+            f'trainable but not in the mask: choose unlisted="train" or unlisted="freeze", or call '
+            f"requires_grad_(False) on them"
+        )
+    handle = Handle(model, mask, keep_trainable=set(strangers) if unlisted == "train" else set())
+    handle._attach()
+    return handle
+
+
+def attached(model: nn.Module) -> Handle | None:
+    """The handle of a model that ``train_only`` is attached to, or None."""
+    handle: Handle | None = model.__dict__.get(_ATTACHMENT)
+    return handle
+
+
+class Handle:
+    """What ``train_only`` did to a model, and how to undo it. Usable with ``with``.
+
+    It holds modules and names, never tensors, so that a deepcopy or a pickle of the model carries
+    a handle of its own.
+    """
+
+    def __init__(self, model: nn.Module, mask: SparseMask, keep_trainable: set[str]) -> None:
+        self._model = model
+        self._mask = mask
+        names = {id(param): name for name, param in named_parameters(model).items()}
+        self._dense = [
+            (module, local, names[id(param)])
+            for module in model.modules()
+            for local, param in module._parameters.items()
+            if param is not None
+        ]
+        self._flags = {
+            name: bool(module._parameters[local].requires_grad)  # type: ignore[union-attr]
+            for module, local, name in self._dense
+        }
+        self._keep_trainable = keep_trainable
+
+    @property
+    def mask(self) -> SparseMask:
+        """What is trained."""
+        return self._mask
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The leaves, named as in ``model.named_parameters()``."""
+        for name, param in self._model.named_parameters():
+            if CHILD in name.split("."):
+                yield name, param
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The leaves."""
+        for _, param in self.named_parameters():
+            yield param
+
+    def sync(self) -> None:
+        """Write the leaves' values into the weights (done after every optimizer step)."""
+        for leaves in self._leaves():
+            leaves.push()
+
+    def report(self) -> str:
+        """A table: each trained tensor, its selected entries, and how its gradient is formed."""
+        rows = [("tensor", "trained", "of", "gradient")]
+        for module, local, name in self._dense:
+            indices = self._mask.get(name)
+            if indices is None or not len(indices):
+                continue
+            rule = "forward" in type(module).__dict__
+            route = "rule: formed, gathered, freed" if rule else "alias: formed, gathered, freed"
+            total = module._parameters[local].numel()  # type: ignore[union-attr]
+            rows.append((name, f"{len(indices):,}", f"{total:,}", route))
+        rows.append(("total", f"{self._mask.num_selected:,}", "", ""))
+        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        return "\n".join(
+            f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d}".rstrip()
+            for a, b, c, d in rows
+        )
+
+    def remove(self) -> None:
+        """Synchronise, then leave the model as it was, with the trained weights in it."""
+        if attached(self._model) is not self:
+            return
+        self.sync()
+        self._detach()
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """The model as it was before attaching, with its flags; attached again afterwards."""
+        self.sync()
+        stashed = self._detach()
+        try:
+            yield
+        finally:
+            self._attach(stashed)
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        state = "attached" if attached(self._model) is self else "removed"
+        return f"<train_only handle, {self._mask.num_selected:,} trained numbers, {state}>"
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        _handles.add(self)
+
+    def _leaves(self) -> Iterator[Leaves]:
+        for module in self._model.modules():
+            if isinstance(module, Leaves):
+                yield module
+
+    @torch.no_grad()
+    def _attach(self, stashed: dict[nn.Module, Leaves] | None = None) -> None:
+        owners: dict[nn.Module, list[tuple[str, str]]] = {}
+        for module, local, name in self._dense:
+            if name in self._mask and len(self._mask[name]):
+                owners.setdefault(module, []).append((local, name))
+        leaves: dict[str, nn.Parameter] = {}
+        for module, entries in owners.items():
+            if stashed is not None:
+                child = stashed[module]
+            else:
+                child = Leaves(module)
+                for local, name in entries:
+                    weight = module._parameters[local]
+                    assert weight is not None
+                    indices = self._mask[name].to(weight.device)
+                    if name not in leaves:  # a tied weight has one leaf
+                        leaves[name] = nn.Parameter(gather(weight, indices))
+                    child.add(local, leaves[name], indices)
+            module._modules[CHILD] = child
+            exchange_class(module, owner_members(tuple(local for local, _ in entries)))
+        for module, local, name in self._dense:
+            weight = module._parameters[local]
+            if weight is not None and name not in self._keep_trainable:
+                weight.requires_grad_(False)
+        self._model.register_forward_pre_hook(_before_forward)
+        self._model.__dict__[_ATTACHMENT] = self
+        _handles.add(self)
+
+    def _detach(self) -> dict[nn.Module, Leaves]:
+        stashed = {}
+        for module in {module for module, _, _ in self._dense}:
+            if isinstance(child := module._modules.get(CHILD), Leaves):
+                stashed[module] = child
+                del module._modules[CHILD]
+                module.__class__ = original_class(module)
+        for module, local, name in self._dense:
+            if (weight := module._parameters.get(local)) is not None:
+                weight.requires_grad_(self._flags[name])
+        hooks = self._model._forward_pre_hooks
+        for key in [key for key, hook in hooks.items() if hook is _before_forward]:
+            del hooks[key]
+        self._model.__dict__.pop(_ATTACHMENT, None)
+        _handles.discard(self)
+        return stashed
+
+
+def _before_forward(model: nn.Module, args: Any) -> None:
+    """Bring both copies of each value together before they are used."""
+    handle = attached(model)
+    if handle is None:
+        return
+    for leaves in handle._leaves():
+        leaves.freeze_owner()
+        leaves.pull()
+        if not model.training:
+            leaves.push()  # somebody may have exchanged the leaves' values (EMA, SWA)
+
+
+def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """After any optimizer's step the weights follow the leaves that it holds."""
+    if not _handles:
+        return
+    held = {id(param) for group in optimizer.param_groups for param in group["params"]}
+    for handle in list(_handles):
+        if any(id(leaf) in held for leaf in handle.parameters()):
+            handle.sync()
+
+
+register_optimizer_step_post_hook(_after_step)
+
+
+def _check_model(model: nn.Module) -> None:
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    if isinstance(model, wrappers) or hasattr(model, "_orig_mod"):
+        raise ValueError(
+            f"the model is wrapped by {type(model).__name__}: attach train_only to the model "
+            f"inside first, then wrap it"
+        )
+    for name, module in model.named_modules():
+        if attached(module) is not None or isinstance(module, Leaves):
+            raise RuntimeError(
+                f"train_only is attached already (at {name or 'the model'!r}): call "
+                f"fishkern.attached(model).remove() first"
+            )
+
+
+def _check_mask(params: dict[str, nn.Parameter], mask: SparseMask) -> None:
+    if not isinstance(mask, SparseMask):
+        raise TypeError(f"mask is a {type(mask).__name__}: pass a SparseMask (fishkern.select)")
+    for name in mask:
+        if name not in params:
+            raise ValueError(
+                f"the mask names {name!r}, which the model does not have"
+                f"{suggest(name, params)}: select again for this model"
+            )
+        param, shape = params[canonical_name(name)], tuple(mask.shapes[name])
+        if tuple(param.shape) != shape:
+            raise ValueError(
+                f"{name!r} has shape {list(param.shape)}, but the mask was made for "
+                f"{list(shape)}: select again for this model"
+            )
+        if not param.is_floating_point():
+            raise ValueError(
+                f"{name!r} has dtype {param.dtype}: quantised and integer weights cannot be "
+                f"trained; leave them out of the mask"
+            )
+        if hasattr(param, "placements"):
+            raise ValueError(f"{name!r} is sharded (DTensor): attach before fully_shard")
