@@ -1,0 +1,47 @@
+# Every task of the project; .ci/run and the documentation call these and nothing else.
+PYTHON ?= python
+CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h')
+
+help: ## This list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-14s %s\n", $$1, $$2}'
+
+install: ## Everything a developer needs, into the active environment
+	$(PYTHON) -m pip install -e ".[dev]"
+
+format: ## Rewrite Python and C++ in the house style
+	ruff check --fix . && ruff format .
+	clang-format -i $(CSRC)
+
+lint: ## Style of Python and C++
+	ruff check .
+	ruff format --check .
+	clang-format --dry-run --Werror $(CSRC)
+
+types: ## mypy, strict, on the package
+	mypy
+
+test: ## All tests
+	$(PYTHON) -m pytest -q
+
+aot: ## Compile every Triton kernel variant for NVIDIA GPUs, without one; refuse register spills
+	$(PYTHON) -m fishkern.backends.triton.aot
+
+bench: ## Quick benchmarks of this machine, into benchmarks/results
+	$(PYTHON) -m benchmarks.run --suite quick
+
+bench-full: ## All benchmarks
+	$(PYTHON) -m benchmarks.run --suite full
+
+gpu: ## On a machine with a CUDA GPU: tests and quick benchmarks there, within 10 minutes
+	$(PYTHON) -m benchmarks.gpu
+
+gpu-dry: ## The same steps without a GPU, to see that they would run
+	$(PYTHON) -m benchmarks.gpu --dry
+
+wheel: ## A wheel with the prebuilt library, in dist/
+	$(PYTHON) -m pip wheel --no-deps --no-build-isolation -w dist .
+
+clean: ## Remove what builds and tools leave behind
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+.PHONY: help install format lint types test aot bench bench-full gpu gpu-dry wheel clean
