@@ -251,6 +251,8 @@ def select(
         {'a': tensor([0, 1], dtype=torch.int32), 'b': tensor([1], dtype=torch.int32)}
     """
     _check_choices(density, scope, order, max_columns, seed)
+    if not isinstance(fisher, Mapping):
+        raise TypeError(f"fisher is a {type(fisher).__name__}: pass a mapping name -> scores")
     scores = by_canonical_name(fisher.items(), "fisher")
     if not scores:
         raise ValueError("fisher is empty: score at least one parameter")

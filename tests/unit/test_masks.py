@@ -176,6 +176,12 @@ def test_bound_mask_keeps_no_model_alive():
     assert bound.name_of(survivor) == "0.weight"
 
 
+def test_a_new_parameter_at_the_address_of_an_old_one_is_a_stranger(model):
+    bound, new = make().bind(model), nn.Parameter(torch.zeros(1))
+    bound._names[id(new)] = bound._names[id(model[0].weight)]
+    assert bound.name_of(new) is None
+
+
 def test_bound_mask_is_unbound_when_copied_but_not_when_moved(model):
     bound = make().bind(model)
     for copied in (copy.deepcopy(bound), pickle.loads(pickle.dumps(bound))):

@@ -298,6 +298,8 @@ def test_refuses_scores(score, error, message):
 
 
 def test_refuses_nothing_to_rank_by():
+    with pytest.raises(TypeError, match="fisher is a list: pass a mapping"):
+        select([torch.ones(1)], k=1)
     with pytest.raises(ValueError, match="fisher is empty"):
         select({}, k=0)
     zeros = {name: torch.zeros_like(score) for name, score in SCORES.items()}
