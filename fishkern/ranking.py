@@ -198,7 +198,7 @@ def _sample(total: int, k: int, generator: torch.Generator) -> Tensor:
     drawn = torch.empty(0, dtype=torch.int64)
     while len(drawn) < k:
         more = torch.randint(total, (k - len(drawn),), generator=generator)
-        drawn = torch.cat([drawn, more]).unique()  # type: ignore[no-untyped-call]
+        drawn = torch.cat([drawn, more]).unique()
     return drawn
 
 
