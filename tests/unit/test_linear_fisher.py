@@ -1,0 +1,377 @@
+"""linear_fisher_ on every backend, against per-sample gradients in float64."""
+
+import itertools
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fishkern import _dispatch
+from fishkern.functional import linear_fisher_
+from tests.support.tolerances import assert_matches
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+# N, token dimensions, O, I: round, odd, rank-shaped, without tokens, with several token dimensions.
+SHAPES = [
+    (2, (8,), 16, 32),
+    (3, (5,), 7, 11),
+    (2, (17,), 65, 3),
+    (2, (9,), 4, 67),
+    (5, (), 13, 6),
+    (2, (2, 3), 9, 10),
+    (1, (1,), 1, 1),
+]
+# More than a block of the compiled kernels in every direction, and more tokens than a chunk.
+LARGE_SHAPES = [
+    (3, (7,), 131, 390),
+    (2, (300,), 70, 200),
+    (150, (), 66, 194),
+    (2, (129,), 401, 3),
+    (70, (3,), 10, 401),
+]
+
+
+def problem(shape, dtype=torch.float32, grad_dtype=None):
+    num_samples, tokens, num_outputs, num_inputs = shape
+    x = torch.randn(num_samples, *tokens, num_inputs).to(dtype)
+    return x, torch.randn(num_samples, *tokens, num_outputs).to(grad_dtype or dtype)
+
+
+def truth(x, grad_out, mask=None):
+    """fisher, bias_fisher and sample_scores from every sample's gradient, in float64."""
+    tokens = math.prod(x.shape[1:-1])
+    x, grad_out = (t.double().reshape(len(t), tokens, t.shape[-1]) for t in (x, grad_out))
+    per_sample = torch.einsum("nto,nti->noi", grad_out, x).square()
+    scored = (
+        per_sample if mask is None else per_sample.where(mask, torch.zeros((), dtype=torch.float64))
+    )
+    return per_sample.sum(0), grad_out.sum(1).square().sum(0), scored.sum((1, 2))
+
+
+def check(x, grad_out, mask=None):
+    """All three outputs, each added to what is there."""
+    expected = truth(x, grad_out, mask)
+    outputs = [torch.full_like(e, 0.5, dtype=torch.float32) for e in expected]
+    linear_fisher_(
+        outputs[0], x, grad_out, bias_fisher=outputs[1], sample_scores=outputs[2], mask=mask
+    )
+    check_fisher_alone(x, grad_out, expected[0])
+    for actual, e, sums in zip(
+        outputs, expected, (len(x), len(x), outputs[0].numel()), strict=True
+    ):
+        tokens = math.prod(x.shape[1:-1])
+        assert_matches(actual, e + 0.5, terms=max(sums * tokens, 1))
+
+
+def check_fisher_alone(x, grad_out, expected):
+    fisher = torch.zeros(expected.shape)
+    linear_fisher_(fisher, x, grad_out)
+    assert_matches(fisher, expected, terms=len(x) * math.prod(x.shape[1:-1]))
+
+
+def check_many_shapes():
+    """Every shape in every dtype: what each instruction set is put through."""
+    for shape, dtype in itertools.product(SHAPES + LARGE_SHAPES, DTYPES):
+        x, grad_out = problem(shape, dtype)
+        check(x, grad_out, torch.rand(shape[2:]) < 0.5)
+        check(x, grad_out)
+
+
+@pytest.fixture
+def native():
+    reason = _dispatch.available()["native"]
+    if reason is not None:
+        pytest.skip(f"native: {reason}")
+    with _dispatch.use_backend("native"):
+        yield
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_linear_fisher_equals_per_sample_autograd(backend, shape):
+    x, grad_out = problem(shape)
+    layer = torch.nn.Linear(shape[3], shape[2]).double()
+    weight, bias = torch.zeros(shape[2:], dtype=torch.float64), torch.zeros(shape[2]).double()
+    for sample, grad in zip(x.double(), grad_out.double(), strict=True):
+        layer.zero_grad()
+        layer(sample).backward(grad)
+        weight += layer.weight.grad.square()
+        bias += layer.bias.grad.square()
+    fisher, bias_fisher = torch.zeros(weight.shape), torch.zeros(bias.shape)
+    linear_fisher_(fisher, x, grad_out, bias_fisher=bias_fisher)
+    terms = len(x) * math.prod(shape[1])
+    assert_matches(fisher, weight, terms=terms)
+    assert_matches(bias_fisher, bias, terms=terms)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_linear_fisher_of_dtypes(backend, shape, dtype):
+    x, grad_out = problem(shape, dtype)
+    check(x, grad_out, torch.rand(shape[2:]) < 0.5)
+    check(x, grad_out)
+
+
+@pytest.mark.parametrize(
+    "dtypes", list(itertools.permutations([*DTYPES, torch.float64], 2)), ids=str
+)
+def test_linear_fisher_of_two_dtypes(backend, dtypes):
+    check(*problem((3, (4,), 5, 6), *dtypes))
+
+
+@pytest.mark.parametrize("shape", LARGE_SHAPES, ids=str)
+def test_linear_fisher_of_large_shapes(native, shape):
+    x, grad_out = problem(shape)
+    check(x, grad_out, torch.rand(shape[2:]) < 0.5)
+    check(x, grad_out)
+
+
+@pytest.mark.parametrize("size", [0, 1])
+@pytest.mark.parametrize("which", ["N", "T", "O", "I"])
+def test_linear_fisher_of_degenerate_sizes(backend, which, size):
+    n, t, o, i = (size if letter == which else 4 for letter in "NTOI")
+    check(*problem((n, (t,), o, i)))
+    check(*problem((n, (t,), o, i)), mask=torch.ones(o, i, dtype=torch.bool))
+    check(*problem((n, (t, 2), o, i)))
+
+
+def layouts():
+    base = torch.randn
+    yield "features first", base(6, 5, 3).permute(2, 1, 0)
+    yield "tokens first", base(5, 3, 6).transpose(0, 1)
+    yield "every second feature", base(3, 5, 12)[..., ::2]
+    yield "every second token", base(3, 10, 6)[:, ::2]
+    yield "one sample for all", base(1, 5, 6).expand(3, 5, 6)
+    yield "one token for all", base(3, 1, 6).expand(3, 5, 6)
+    yield "one feature for all", base(3, 5, 1).expand(3, 5, 6)
+    yield "one number for all", base(()).expand(3, 5, 6)
+
+
+@pytest.mark.parametrize("name", [name for name, _ in layouts()])
+def test_linear_fisher_of_strided_inputs(backend, name):
+    x = dict(layouts())[name]
+    check(x, torch.randn(3, 5, 4))
+    check(torch.randn(3, 5, 4), x)
+    check(x.to(torch.bfloat16), x)
+    check(x[:, :1], x[:, :1])
+
+
+def test_linear_fisher_of_token_dimensions_that_cannot_be_joined(backend):
+    check(torch.randn(3, 4, 2, 6).transpose(1, 2), torch.randn(3, 2, 4, 5))
+
+
+def poisoned(tensor):
+    """The same values as a view into the middle of a tensor full of NaN."""
+    large = torch.full([size + 4 for size in tensor.shape], math.nan, dtype=tensor.dtype)
+    view = large[tuple(slice(2, -2) for _ in tensor.shape)]
+    view.copy_(tensor)
+    return view
+
+
+@pytest.mark.parametrize("shape", [*SHAPES[:4], LARGE_SHAPES[0]], ids=str)
+def test_linear_fisher_reads_nothing_outside_the_views(backend, shape):
+    if backend == "triton" and shape in LARGE_SHAPES:
+        pytest.skip("too slow in the interpreter")
+    x, grad_out = (poisoned(t) for t in problem(shape))
+    check(x, grad_out)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_linear_fisher_writes_nothing_outside_the_views(backend, shape):
+    x, grad_out = problem(shape)
+    expected = truth(x, grad_out)
+    for transposed in (False, True):
+        views = [poisoned(torch.ones(e.shape[::-1] if transposed else e.shape)) for e in expected]
+        fisher, bias_fisher, sample_scores = views
+        fisher = fisher.T if transposed else fisher
+        linear_fisher_(fisher, x, grad_out, bias_fisher=bias_fisher, sample_scores=sample_scores)
+        for view, e in zip((fisher, bias_fisher, sample_scores), expected, strict=True):
+            assert_matches(view.clone(), e + 1, terms=e.numel() * x.numel())
+            assert view._base.isfinite().sum() == e.numel()
+
+
+@pytest.mark.parametrize("strided", ["transposed", "every second", "slice"])
+def test_linear_fisher_of_strided_masks(backend, strided):
+    x, grad_out = problem((3, (4,), 5, 6))
+    mask = {
+        "transposed": (torch.rand(6, 5) < 0.5).T,
+        "every second": (torch.rand(5, 12) < 0.5)[:, ::2],
+        "slice": (torch.rand(9, 9) < 0.5)[2:7, 2:8],
+    }[strided]
+    check(x, grad_out, mask)
+
+
+def test_linear_fisher_squares_before_the_sum_over_samples(backend):
+    x, grad = torch.ones(1, 3, 4).expand(2, 3, 4), torch.ones(1, 3, 5)
+    fisher = torch.zeros(5, 4)
+    linear_fisher_(fisher, x, torch.cat([grad, -grad]))
+    assert torch.equal(fisher, torch.full((5, 4), 18.0))
+
+
+def test_linear_fisher_squares_after_the_sum_over_tokens(backend):
+    x, grad = torch.ones(3, 2, 4), torch.ones(3, 1, 5)
+    outputs = torch.zeros(5, 4), torch.zeros(5), torch.zeros(3)
+    linear_fisher_(
+        outputs[0], x, torch.cat([grad, -grad], 1), bias_fisher=outputs[1], sample_scores=outputs[2]
+    )
+    assert not any(output.any() for output in outputs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [(6,), (1,), ()], ids=str)
+def test_linear_fisher_of_integers_is_exact(backend, dtype, tokens):
+    x = torch.randint(-3, 4, (4, *tokens, 21)).to(dtype)
+    grad_out = torch.randint(-3, 4, (4, *tokens, 18)).to(dtype)
+    mask = torch.rand(18, 21) < 0.5
+    outputs = torch.ones(18, 21), torch.ones(18), torch.ones(4)
+    linear_fisher_(
+        outputs[0], x, grad_out, bias_fisher=outputs[1], sample_scores=outputs[2], mask=mask
+    )
+    for actual, expected in zip(outputs, truth(x, grad_out, mask), strict=True):
+        assert torch.equal(actual.double(), expected + 1)
+
+
+def test_linear_fisher_of_halves_covers_their_whole_range(backend):
+    extremes = torch.tensor([2.0**-24, -(2.0**-15), 2.0**-14, 1.0, -65504.0, 0.0, -0.0])
+    for dtype in (torch.float16, torch.bfloat16):
+        x = extremes.to(dtype).view(1, 1, -1).repeat(1, 2, 1)
+        grad_out = torch.tensor([[[1.0], [0.0]]])
+        fisher = torch.zeros(1, x.shape[-1])
+        linear_fisher_(fisher, x, grad_out)
+        assert torch.equal(fisher.double(), x[0, :1].double().square())
+
+
+# numpy, which stands in for the hardware in the interpreter, warns of what is tested here.
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_linear_fisher_keeps_special_values_where_they_belong(backend, dtype, bad):
+    x, grad_out = problem((3, (4,), 5, 6), dtype)
+    x[1, 2, 3] = bad
+    mask = torch.ones(5, 6, dtype=torch.bool)
+    mask[:, 3] = False
+    fisher, inside, everywhere = torch.zeros(5, 6), torch.zeros(3), torch.zeros(3)
+    linear_fisher_(fisher, x, grad_out, sample_scores=inside, mask=mask)
+    linear_fisher_(torch.zeros(5, 6), x, grad_out, sample_scores=everywhere)
+    special = torch.isnan if math.isnan(bad) else torch.isposinf
+    assert torch.equal(special(fisher), ~mask)
+    assert special(everywhere).tolist() == [False, True, False]
+    assert_matches(inside, truth(x, grad_out, mask)[2], terms=30 * 4)
+
+
+def test_linear_fisher_of_many_tokens(backend):
+    for mean in (0.0, 1.0):
+        x, grad_out = torch.randn(2, 1000, 5) + mean, torch.randn(2, 1000, 3) + mean
+        check(x, grad_out)
+
+
+def test_linear_fisher_accumulates_over_batches(backend):
+    x, grad_out = problem((6, (4,), 5, 7))
+    fisher = torch.zeros(5, 7)
+    for part in (slice(0, 1), slice(1, 4), slice(4, 6)):
+        linear_fisher_(fisher, x[part], grad_out[part])
+    assert_matches(fisher, truth(x, grad_out)[0], terms=24)
+
+
+def run_all_outputs(x, grad_out, mask):
+    fisher, bias = torch.ones(mask.shape), torch.ones(mask.shape[0])
+    scores = torch.ones(len(x))
+    linear_fisher_(fisher, x, grad_out, bias_fisher=bias, sample_scores=scores, mask=mask)
+    return fisher, bias, scores
+
+
+def test_linear_fisher_is_deterministic(backend):
+    x, grad_out = problem((5, (9,), 34, 35))
+    mask = torch.rand(34, 35) < 0.5
+    first, second = (run_all_outputs(x, grad_out, mask) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(8, (32,), 130, 400), (8, (200,), 8, 900), (8, (200,), 900, 8)])
+def test_linear_fisher_does_not_depend_on_threads(native, shape):
+    x, grad_out = problem(shape)
+    mask = torch.rand(shape[2:]) < 0.5
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(run_all_outputs(x, grad_out, mask))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_linear_fisher_on_every_instruction_set(native, isa):
+    program = (
+        "import torch, fishkern\n"
+        "from tests.unit import test_linear_fisher\n"
+        "with fishkern.use_backend('native'): test_linear_fisher.check_many_shapes()\n"
+        "print(torch.ops.fishkern_native.cpu_capability())"
+    )
+    run = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program],
+        env={**os.environ, "FISHKERN_CPU_CAPABILITY": isa},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    used = ["baseline", "avx2", "avx512"][int(run.stdout)]
+    if used != isa:
+        pytest.skip(f"this CPU has {used} at most")
+
+
+def test_linear_fisher_of_float64_is_the_references(native):
+    with pytest.raises(RuntimeError, match="float64"):
+        linear_fisher_(torch.zeros(2, 3).double(), torch.ones(1, 3), torch.ones(1, 2))
+
+
+ERRORS = {
+    "x is 1-D": (ValueError, "same leading dimensions", {"x": (3,), "grad_out": (2,)}),
+    "dimensions differ": (ValueError, "same leading dimensions", {"x": (4, 3)}),
+    "samples differ": (ValueError, "same leading dimensions", {"x": (3, 5, 3)}),
+    "tokens differ": (ValueError, "same leading dimensions", {"grad_out": (4, 6, 2)}),
+    "fisher is transposed": (ValueError, r"fisher has shape \[3, 2\]", {"fisher": (3, 2)}),
+    "fisher is bfloat16": (TypeError, "fisher has dtype", {"fisher": torch.bfloat16}),
+    "x is integer": (TypeError, "x has dtype", {"x": torch.int64}),
+    "grad_out is integer": (TypeError, "grad_out has dtype", {"grad_out": torch.int32}),
+    "bias has a wrong shape": (ValueError, "bias_fisher has shape", {"bias_fisher": (3,)}),
+    "bias is float16": (TypeError, "bias_fisher has dtype", {"bias_fisher": torch.float16}),
+    "scores have a wrong shape": (ValueError, "sample_scores has", {"sample_scores": (5,)}),
+    "scores are bfloat16": (TypeError, "sample_scores has", {"sample_scores": torch.bfloat16}),
+    "mask without scores": (ValueError, "pass both or neither", {"sample_scores": None}),
+    "mask is float": (TypeError, "mask has dtype", {"mask": torch.float32}),
+    "mask is transposed": (ValueError, "mask has shape", {"mask": (3, 2)}),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_linear_fisher_refuses(case):
+    error, message, changes = ERRORS[case]
+    arguments = {
+        "fisher": torch.zeros(2, 3),
+        "x": torch.ones(4, 5, 3),
+        "grad_out": torch.ones(4, 5, 2),
+        "bias_fisher": torch.zeros(2),
+        "sample_scores": torch.zeros(4),
+        "mask": torch.ones(2, 3, dtype=torch.bool),
+    }
+    for name, change in changes.items():
+        if isinstance(change, tuple):
+            arguments[name] = torch.ones(change, dtype=arguments[name].dtype)
+        elif isinstance(change, torch.dtype):
+            arguments[name] = arguments[name].to(change)
+        else:
+            arguments[name] = change
+    before = {name: t.clone() for name, t in arguments.items() if t is not None}
+    with pytest.raises(error, match=message):
+        linear_fisher_(**arguments)
+    for name, tensor in before.items():
+        assert torch.equal(arguments[name], tensor)
