@@ -61,6 +61,7 @@ class FisherAccumulator:
     def batch(self, names: Sequence[str]) -> Iterator[None]:
         """One forward and backward; hooks on the parameters ``names`` report completion."""
         self._begin()
+        self.strays = set(self.params).difference(names)  # scored elsewhere: nothing is held
         hooks = [self.params[n].register_hook(partial(self._completed, n)) for n in names]
         try:
             yield
