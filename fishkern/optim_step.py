@@ -7,7 +7,8 @@ devices) and is made again when a group's parameters or their devices have chang
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+import math
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
 from operator import is_, is_not
@@ -25,9 +26,9 @@ State = MutableMapping[Tensor, dict[str, Any]]
 class Batch:
     """The parameters of one group on one device: what one launch updates.
 
-    ``indices`` are as the op wants them (empty where the whole parameter is trained). ``counts`` is
-    one tensor with a view into it for each state's ``step``, so that all are raised in one
-    operation.
+    ``indices`` are as the op wants them (empty where the whole parameter is trained), ``shapes``
+    those of the moments (None where the parameter's). ``counts`` is one tensor with a view into it
+    for each state's ``step``, so that all are raised in one operation.
     """
 
     device: torch.device
@@ -36,22 +37,26 @@ class Batch:
     shapes: list[torch.Size | None] = field(default_factory=list)
     counts: Tensor | None = None
     count_views: list[Tensor] = field(default_factory=list)
+    lr: tuple[float, Tensor] = (math.nan, torch.empty(0))  # the last one, as the op wants it
 
 
 @dataclass(slots=True, eq=False)
 class Plan:
-    """A group's parameters in their order and on their devices, and the batches they make."""
+    """A group's parameters in their order, and the batches they make."""
 
     params: list[Tensor]
-    devices: list[torch.device]
     batches: list[Batch]
 
     def holds(self, params: Sequence[Tensor]) -> bool:
-        """Whether these are the very same parameters, where they were."""
+        """Whether these are the very same parameters, where they were.
+
+        Devices are compared for one parameter of each batch: models move as a whole, and where one
+        does not, the dispatcher refuses tensors of two devices.
+        """
         return (
             len(params) == len(self.params)
             and all(map(is_, params, self.params))
-            and [param.device for param in params] == self.devices
+            and all(batch.params[0].device == batch.device for batch in self.batches)
         )
 
 
@@ -59,12 +64,12 @@ class Plan:
 class Launch:
     """One call of the op: lists over the parameters that have a gradient."""
 
+    batch: Batch
     params: list[Tensor]
     grads: list[Tensor]
     indices: list[Tensor]
     states: list[dict[str, Any]]
-    counts: list[Tensor]  # either one tensor for all, or one per parameter
-    packed: bool
+    counts: Tensor | None  # None: the states' steps are not one tensor
 
 
 def make_plan(params: Sequence[Tensor], indices: Sequence[Tensor | None]) -> Plan:
@@ -83,7 +88,7 @@ def make_plan(params: Sequence[Tensor], indices: Sequence[Tensor | None]) -> Pla
         batch.params.append(param)
         batch.indices.append(nothing if index is None else index.to(device))
         batch.shapes.append(None if index is None else index.shape)
-    return Plan(list(params), [param.device for param in params], list(batches.values()))
+    return Plan(list(params), list(batches.values()))
 
 
 def gather(batch: Batch, state: State, group: dict[str, Any]) -> Launch | None:
@@ -97,28 +102,28 @@ def gather(batch: Batch, state: State, group: dict[str, Any]) -> Launch | None:
     states: list[Any] = [state.get(param) for param in params]
     if not all(states):
         states = _build_states(batch, state, group)
+    counts = None
     if all(map(is_not, grads, repeat(None))):
-        launch = Launch(params, grads, indices, states, [_packed_counts(batch, states)], True)
+        counts = _packed_counts(batch, states)
     else:
         some = [i for i, grad in enumerate(grads) if grad is not None]
         if not some:
             return None
         params, indices = [params[i] for i in some], [indices[i] for i in some]
         grads, states = [grads[i] for i in some], [states[i] for i in some]
-        launch = Launch(params, grads, indices, states, [s["step"] for s in states], False)
     if [grad.layout for grad in grads].count(torch.strided) != len(grads):
         odd = next(grad for grad in grads if grad.layout is not torch.strided)
         raise RuntimeError(
             f"a gradient of shape {list(odd.shape)} is {odd.layout}, but sparse gradients are not "
             f"supported: make it dense, for an embedding with sparse=False"
         )
-    return launch
+    return Launch(batch, params, grads, indices, states, counts)
 
 
 def run(
     launch: Launch, group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None
 ) -> None:
-    """Launch the op, then raise the step counts of what it has updated.
+    """Raise the step counts and launch the op.
 
     Args:
         launch: What ``gather`` collected.
@@ -126,34 +131,49 @@ def run(
         grad_scale: Gradients are divided by it first.
         found_inf: Where not zero, nothing changes; None if that has been decided before.
     """
-    lr, (beta1, beta2) = group["lr"], group["betas"]
-    states, counts = launch.states, launch.counts
-    device = launch.params[0].device
-    op = _ops.masked_adamw_
+    batch, states = launch.batch, launch.states
+    beta1, beta2 = group["betas"]
+    counts = [entry["step"] for entry in states] if launch.counts is None else [launch.counts]
+    torch._foreach_add_(counts, 1)
+    try:
+        _op()(
+            launch.params,
+            launch.grads,
+            launch.indices,
+            [entry["exp_avg"] for entry in states],
+            [entry["exp_avg_sq"] for entry in states],
+            [entry["max_exp_avg_sq"] for entry in states] if group["amsgrad"] else [],
+            [],
+            torch.stack(counts) if launch.counts is None else launch.counts,
+            _lr(batch, group["lr"]),
+            float(beta1),
+            float(beta2),
+            group["eps"],
+            group["weight_decay"],
+            group["maximize"],
+            None if grad_scale is None else grad_scale.to(batch.device),
+            None if found_inf is None else found_inf.to(batch.device),
+        )
+    except BaseException:
+        torch._foreach_sub_(counts, 1)
+        raise
+    if found_inf is not None:
+        torch._foreach_sub_(counts, [(found_inf != 0).to(counts[0])] * len(counts))
+
+
+def _op() -> Callable[..., None]:
+    """The op: through the dispatcher only where a compiler is looking, since that takes time."""
     if torch.compiler.is_compiling():
-        op = torch.ops.fishkern.masked_adamw_
-    op(
-        launch.params,
-        launch.grads,
-        launch.indices,
-        [s["exp_avg"] for s in states],
-        [s["exp_avg_sq"] for s in states],
-        [s["max_exp_avg_sq"] for s in states] if group["amsgrad"] else [],
-        [],
-        (counts[0] if launch.packed else torch.stack(counts)) + 1,
-        lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64),
-        float(beta1),
-        float(beta2),
-        group["eps"],
-        group["weight_decay"],
-        group["maximize"],
-        grad_scale if grad_scale is None else grad_scale.to(device),
-        found_inf if found_inf is None else found_inf.to(device),
-    )
-    if found_inf is None:
-        torch._foreach_add_(counts, 1)
-    else:
-        torch._foreach_add_(counts, (found_inf == 0).to(counts[0]))
+        return torch.ops.fishkern.masked_adamw_
+    return _ops.masked_adamw_
+
+
+def _lr(batch: Batch, lr: float | Tensor) -> Tensor:
+    if isinstance(lr, Tensor):
+        return lr
+    if batch.lr[0] != lr:
+        batch.lr = (lr, torch.tensor(lr, dtype=torch.float64))
+    return batch.lr[1]
 
 
 def scaling(optimizer: torch.optim.Optimizer) -> tuple[Tensor | None, Tensor | None] | None:

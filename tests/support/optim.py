@@ -1,9 +1,21 @@
 """What the optimizer's tests share: a small model, masks for it, and training on made-up data."""
 
+import pytest
 import torch
 from torch import nn
 
+from fishkern import _dispatch
 from fishkern.masks import SparseMask
+
+
+@pytest.fixture(params=["reference", "native"])
+def kernel(request):
+    """Plain torch and the compiled kernel; the interpreter is too slow for hundreds of steps."""
+    reason = _dispatch.available()[request.param]
+    if reason is not None:
+        pytest.skip(f"{request.param}: {reason}")
+    with _dispatch.use_backend(request.param):
+        yield request.param
 
 
 def make_model(dtype=torch.float32):

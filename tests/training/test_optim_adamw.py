@@ -5,18 +5,17 @@ import copy
 import pytest
 import torch
 
-from fishkern import use_backend
 from fishkern.optim import FishSparseAdamW
-from tests.support.optim import full_mask, loss_of, make_model
+from tests.support.optim import (
+    full_mask,
+    kernel,  # noqa: F401
+    loss_of,
+    make_model,
+)
 from tests.support.tolerances import assert_matches
 
 STEPS = 300
-
-
-@pytest.fixture(autouse=True)
-def _reference():
-    with use_backend("reference"):
-        yield
+pytestmark = pytest.mark.usefixtures("kernel")
 
 
 def train(model, optimizer, scheduler=None, steps=STEPS, closure=False):

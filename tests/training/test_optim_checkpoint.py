@@ -7,16 +7,9 @@ import pickle
 import pytest
 import torch
 
-from fishkern import use_backend
 from fishkern.masks import SparseMask
 from fishkern.optim import FishSparseAdamW
 from tests.support.optim import copies, full_mask, make_mask, make_model, train
-
-
-@pytest.fixture(autouse=True)
-def _reference():
-    with use_backend("reference"):
-        yield
 
 
 def saved_and_loaded(checkpoint):

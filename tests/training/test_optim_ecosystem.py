@@ -10,15 +10,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from fishkern import use_backend
 from fishkern.optim import FishSparseAdamW
 from tests.support.optim import copies, loss_of, make_mask, make_model, train
-
-
-@pytest.fixture(autouse=True)
-def _reference():
-    with use_backend("reference"):
-        yield
 
 
 def twins(dtype=torch.float32, **options):

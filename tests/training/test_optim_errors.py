@@ -5,16 +5,9 @@ import re
 import pytest
 import torch
 
-from fishkern import use_backend
 from fishkern.masks import SparseMask
 from fishkern.optim import FishSparseAdamW
 from tests.support.optim import copies, loss_of, make_mask, make_model, train
-
-
-@pytest.fixture(autouse=True)
-def _reference():
-    with use_backend("reference"):
-        yield
 
 
 def part(mask, *names):

@@ -3,17 +3,20 @@
 import pytest
 import torch
 
-from fishkern import use_backend
 from fishkern.masks import SparseMask
 from fishkern.optim import FishSparseAdamW
-from tests.support.optim import bits, copies, loss_of, make_mask, make_model, train
+from tests.support.optim import (
+    bits,
+    copies,
+    kernel,  # noqa: F401
+    loss_of,
+    make_mask,
+    make_model,
+    train,
+)
 from tests.support.tolerances import assert_matches
 
-
-@pytest.fixture(autouse=True)
-def _reference():
-    with use_backend("reference"):
-        yield
+pytestmark = pytest.mark.usefixtures("kernel")
 
 
 class Oracle:

@@ -3,16 +3,9 @@
 import pytest
 import torch
 
-from fishkern import use_backend
 from fishkern.optim import FishSparseAdamW
 from tests.support.optim import copies, loss_of, make_mask, make_model, train
 from tests.support.tolerances import assert_matches
-
-
-@pytest.fixture(autouse=True)
-def _reference():
-    with use_backend("reference"):
-        yield
 
 
 def scaled_step(model, optimizer, scaler, i, spoil=False, unscale=False):
