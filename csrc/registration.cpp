@@ -7,7 +7,7 @@ STABLE_TORCH_LIBRARY(fishkern_native, m) {
   m.def(
       "linear_fisher_(Tensor(a!) fisher, Tensor x, Tensor grad_out, *, Tensor(b!)? bias_fisher=None, "
       "Tensor(c!)? sample_scores=None, Tensor? mask=None) -> ()");
-  m.def("topk_indices(Tensor[] scores, int k) -> Tensor[]");
+  m.def("topk_indices(Tensor[] scores, SymInt k) -> Tensor[]");
   m.def(
       "masked_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor[] indices, Tensor(b!)[] exp_avgs, "
       "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] masters, "

@@ -22,7 +22,7 @@ SCHEMAS = {
         "(Tensor(a!) fisher, Tensor x, Tensor grad_out, *, Tensor(b!)? bias_fisher=None, "
         "Tensor(c!)? sample_scores=None, Tensor? mask=None) -> ()"
     ),
-    "topk_indices": "(Tensor[] scores, int k) -> Tensor[]",
+    "topk_indices": "(Tensor[] scores, SymInt k) -> Tensor[]",
     "masked_adamw_": (
         "(Tensor(a!)[] params, Tensor[] grads, Tensor[] indices, Tensor(b!)[] exp_avgs, "
         "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] masters, "

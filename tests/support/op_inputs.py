@@ -1,0 +1,50 @@
+"""Small valid arguments for every op, as ``(args, kwargs)``: for tests that hold for all ops."""
+
+import torch
+
+
+def linear_fisher_():
+    x, grad_out = torch.randn(3, 4, 5), torch.randn(3, 4, 2)
+    yield (torch.zeros(2, 5), x, grad_out), {}
+    yield (
+        (torch.zeros(2, 5), x[:, 0], grad_out[:, 0]),
+        {
+            "bias_fisher": torch.zeros(2),
+            "sample_scores": torch.zeros(3),
+            "mask": torch.rand(2, 5) > 0.5,
+        },
+    )
+
+
+def topk_indices():
+    yield ([torch.randn(2, 5), torch.randn(7)], 6), {}
+
+
+def masked_adamw_():
+    sizes, chosen = [(4, 3), (8,)], [torch.tensor([0, 2, 11]), torch.tensor([5])]
+
+    def selected(scale=1.0):
+        return [torch.rand(len(indices)) * scale for indices in chosen]
+
+    for maxima, masters, extra in (
+        ([], [], {}),
+        (
+            selected(),
+            selected(),
+            {"maximize": True, "grad_scale": torch.tensor(2.0), "found_inf": torch.tensor(0.0)},
+        ),
+    ):
+        params = [torch.randn(size) for size in sizes]
+        grads = [torch.randn(size) for size in sizes]
+        state = (selected(0.1), selected(0.1), maxima, masters)
+        rates = (torch.tensor([1.0, 2.0]), torch.tensor(1e-2), 0.9, 0.999, 1e-8, 0.01)
+        yield (params, grads, chosen, *state, *rates), extra
+
+
+OPS = {f.__name__: f for f in (linear_fisher_, topk_indices, masked_adamw_)}
+CASES = [(name, i) for name, inputs in OPS.items() for i in range(len(list(inputs())))]
+
+
+def case(name, i):
+    """The i-th arguments of an op."""
+    return list(OPS[name]())[i]
