@@ -258,7 +258,7 @@ def masked_adamw_(
             "MAXIMIZE": maximize,
             "BLOCK": BLOCK,
         }
-        run(Launch(_masked_adamw_kernel, (tables.programs.shape[1],), args, 4, 1), kind.device)
+        run(Launch(_masked_adamw_kernel, (tables.programs.shape[1],), args, 8, 1), kind.device)
 
     for param, copy in zip(params, flat, strict=True):
         if copy is not param:

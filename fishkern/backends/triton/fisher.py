@@ -38,30 +38,37 @@ class Config(NamedTuple):
     num_stages: int
 
 
-def choose_config(size_o: int, size_i: int, num_tokens: int, dtype: torch.dtype) -> Config:
+def choose_config(
+    size_o: int,
+    size_i: int,
+    num_tokens: int,
+    dtype: torch.dtype,
+    *,
+    scores: bool = False,
+    regular: bool = True,
+) -> Config:
     """The program's shape for a layer's shape; any choice gives the same value up to rounding.
 
     * A side of at most 64 (the rank of an adapter) is one tile, just wide enough: such layers
-      are bound by memory, and no operand is read twice.
-    * Otherwise 128 x 128, the largest tile whose two accumulators fit the registers.
-    * float32 is multiplied without tensor cores, where smaller tiles suffice.
+      are bound by memory, and the long operand is read once.
+    * Otherwise 128 x 128, the largest tile whose two accumulators fit the registers; half of
+      it where ``scores`` are summed beside them.
+    * float32 is multiplied without tensor cores, and operands that are not ``regular`` (16-byte
+      vectors along the features) are loaded through registers: 64 is the long side for both.
     * Few tokens take a short loop step, at least the 16 that the hardware multiplies at once.
 
-    All choices stay under 99 KiB of shared memory, which every GPU from Ampere on has.
+    Every choice stays under the 99 KiB of shared memory that all GPUs since Ampere have, and
+    none spills registers: ``aot.py`` checks both.
     """
-    block_t = min(64, max(16, triton.next_power_of_2(num_tokens)))
     narrow = max(16, triton.next_power_of_2(min(size_o, size_i)))
-    if dtype == torch.float32:
-        long = short = 64
-        block_t, warps, stages = min(block_t, 32), 4, 3
-        if narrow <= 32:
-            short = narrow
-    elif narrow <= 64:
-        long, short, warps, stages = 128, narrow, 4, 3
-    else:
-        long, short, warps, stages = 128, 128, 8, 3
+    simple = dtype == torch.float32 or not regular
+    longest, longest_step = (64, 16) if simple else (128, 64)
+    long, short = longest, min(longest, narrow)
+    if scores and short > 32:
+        short //= 2
     sides = (short, long) if size_o < size_i else (long, short)
-    return Config(*sides, block_t, warps, stages)
+    step = min(longest_step, max(16, triton.next_power_of_2(num_tokens)))
+    return Config(*sides, step, num_warps=8 if long * short >= 128 * 64 else 4, num_stages=3)
 
 
 def choose_splits(num_tiles: int, num_samples: int, config: Config, device: torch.device) -> int:
@@ -71,8 +78,47 @@ def choose_splits(num_tiles: int, num_samples: int, config: Config, device: torc
     return min(max(wanted, 1), num_samples)
 
 
+@triton.jit
+def _bias_tile(
+    grad_ptr,
+    bias_ptr,
+    first,
+    last,
+    num_tokens,
+    o,
+    size_o,
+    stride_gn,
+    stride_gt,
+    stride_go,
+    stride_bo,
+    SQUARE_FIRST: tl.constexpr,
+    ADD: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """``bias_fisher (+)= sum_n (sum_t grad_out[n, t])^2`` for one range of o and of n."""
+    t = tl.arange(0, BLOCK_T).to(tl.int64)
+    in_o = o < size_o
+    step = tl.full((), BLOCK_T, tl.int64)
+    squares = tl.zeros((BLOCK_O,), tl.float32)
+    for n in range(first, last):
+        grad_ptrs = grad_ptr + n * stride_gn + o[:, None] * stride_go + t[None, :] * stride_gt
+        total = tl.zeros((BLOCK_O, BLOCK_T), tl.float32)
+        for start in range(0, num_tokens, BLOCK_T):
+            inside = in_o[:, None] & (t < num_tokens - start)[None, :]
+            grad = tl.load(grad_ptrs, mask=inside, other=0.0).to(tl.float32)
+            total += grad * grad if SQUARE_FIRST else grad
+            grad_ptrs += step * stride_gt
+        sums = tl.sum(total, axis=1)
+        squares += sums if SQUARE_FIRST else sums * sums
+    bias_ptrs = bias_ptr + o * stride_bo
+    if ADD:
+        squares += tl.load(bias_ptrs, mask=in_o, other=0.0)
+    tl.store(bias_ptrs, squares, mask=in_o)
+
+
 # Sizes that change from batch to batch must not compile the kernel anew.
-@triton.jit(do_not_specialize=["num_samples", "num_tokens", "samples_per_split", "tiles_o"])
+@triton.jit(do_not_specialize=["num_samples", "num_tokens", "samples_per_split"])
 def _linear_fisher_kernel(
     x_ptr,
     grad_ptr,
@@ -83,8 +129,6 @@ def _linear_fisher_kernel(
     num_samples,
     num_tokens,
     samples_per_split,
-    tiles_o,
-    tiles_i,
     size_o,
     size_i,
     stride_xn,
@@ -110,14 +154,40 @@ def _linear_fisher_kernel(
 ):
     """One tile of ``fisher (+)= sum_n (sum_t grad_out[n, t] x[n, t]^T)^2``, for a range of n.
 
-    Grid: (tiles, splits). Accumulates in float32. The result of split s goes to
-    ``fisher_ptr + s * stride_fs``, added to what is there if ADD. The bias belongs to the
-    programs of the first column of tiles. ``scores_ptr[tile, n]`` gets the tile's share of
-    sample n's score. SQUARE_FIRST: the square of a sum of one term is the product of squares,
-    ``sum_t grad_out[t]^2 x[t]^2``; the caller passes samples as tokens.
+    Grid: (tiles, splits); where there is a bias, its tiles follow the weight's. Accumulates in
+    float32. What split s finds goes to ``fisher_ptr + s * stride_fs``, added to what is there if
+    ADD. ``scores_ptr[tile, n]`` gets the tile's share of sample n's score. SQUARE_FIRST: where
+    each sum over t has one term, its square is the product of squares; the caller passes the
+    samples as tokens, to be multiplied all at once.
     """
+    split = tl.program_id(1).to(tl.int64)
+    first = split * samples_per_split
+    last = tl.minimum(first + samples_per_split, num_samples)
     tile = tl.program_id(0)
-    split = tl.program_id(1)
+    tiles_o = tl.cdiv(size_o, BLOCK_O)
+    tiles_i = tl.cdiv(size_i, BLOCK_I)
+    if bias_ptr is not None:
+        if tile >= tiles_o * tiles_i:
+            bias_o = (tile - tiles_o * tiles_i).to(tl.int64) * BLOCK_O + tl.arange(0, BLOCK_O)
+            _bias_tile(
+                grad_ptr,
+                bias_ptr + split * stride_bs,
+                first,
+                last,
+                num_tokens,
+                bias_o,
+                size_o,
+                stride_gn,
+                stride_gt,
+                stride_go,
+                stride_bo,
+                SQUARE_FIRST,
+                ADD,
+                BLOCK_O,
+                BLOCK_T,
+            )
+            return
+
     tile_o, tile_i = tl.swizzle2d(tile // tiles_i, tile % tiles_i, tiles_o, tiles_i, SWIZZLE)
     o = tile_o.to(tl.int64) * BLOCK_O + tl.arange(0, BLOCK_O)
     i = tile_i.to(tl.int64) * BLOCK_I + tl.arange(0, BLOCK_I)
@@ -128,14 +198,10 @@ def _linear_fisher_kernel(
     step = tl.full((), BLOCK_T, tl.int64)
 
     squares = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
-    bias_squares = tl.zeros((BLOCK_O,), tl.float32)
-    first = split.to(tl.int64) * samples_per_split
-    last = tl.minimum(first + samples_per_split, num_samples)
     for n in tl.range(first, last, flatten=True):
         x_ptrs = x_ptr + n * stride_xn + t[:, None] * stride_xt + i[None, :] * stride_xi
         grad_ptrs = grad_ptr + n * stride_gn + o[:, None] * stride_go + t[None, :] * stride_gt
         total = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
-        bias_total = tl.zeros((BLOCK_O,), tl.float32)
         for start in range(0, num_tokens, BLOCK_T):
             in_t = t < num_tokens - start
             x = tl.load(x_ptrs, mask=in_t[:, None] & in_i[None, :], other=0.0).to(DOT_DTYPE)
@@ -145,17 +211,9 @@ def _linear_fisher_kernel(
                 x = x * x
                 grad = grad * grad
             total = tl.dot(grad, x, total, input_precision="ieee")
-            if bias_ptr is not None:
-                if tile_i == 0:
-                    bias_total += tl.sum(grad.to(tl.float32), axis=1)
             x_ptrs += step * stride_xt
             grad_ptrs += step * stride_gt
-        if SQUARE_FIRST:
-            squares += total
-            bias_squares += bias_total
-        else:
-            squares += total * total
-            bias_squares += bias_total * bias_total
+        squares += total if SQUARE_FIRST else total * total
         if scores_ptr is not None:
             counted = in_tile
             if mask_ptr is not None:
@@ -164,17 +222,10 @@ def _linear_fisher_kernel(
             score = tl.sum(tl.where(counted, total * total, 0.0))
             tl.store(scores_ptr + tile.to(tl.int64) * num_samples + n, score)
 
-    fisher_ptrs = fisher_ptr + split.to(tl.int64) * stride_fs
-    fisher_ptrs = fisher_ptrs + o[:, None] * stride_fo + i[None, :] * stride_fi
+    fisher_ptrs = fisher_ptr + split * stride_fs + o[:, None] * stride_fo + i[None, :] * stride_fi
     if ADD:
         squares += tl.load(fisher_ptrs, mask=in_tile, other=0.0)
     tl.store(fisher_ptrs, squares, mask=in_tile)
-    if bias_ptr is not None:
-        if tile_i == 0:
-            bias_ptrs = bias_ptr + split.to(tl.int64) * stride_bs + o * stride_bo
-            if ADD:
-                bias_squares += tl.load(bias_ptrs, mask=in_o, other=0.0)
-            tl.store(bias_ptrs, bias_squares, mask=in_o)
 
 
 def linear_fisher_(
@@ -214,7 +265,7 @@ def linear_fisher_(
     _check_dtypes(x, grad_out, fisher, bias_fisher, sample_scores)
     num_samples, num_tokens = x.shape[0], math.prod(x.shape[1:-1])
     size_o, size_i = fisher.shape
-    if num_samples * num_tokens * size_o == 0:
+    if num_samples * num_tokens * size_o == 0 or (size_i == 0 and bias_fisher is None):
         return
     x = x.reshape(num_samples, num_tokens, size_i)  # a view wherever the strides allow one
     grad_out = grad_out.reshape(num_samples, num_tokens, size_o)
@@ -228,10 +279,17 @@ def linear_fisher_(
         x, grad_out = x.transpose(0, 1), grad_out.transpose(0, 1)
         num_samples, num_tokens = 1, num_samples
 
-    config = config or choose_config(size_o, size_i, num_tokens, dot_dtype)
+    config = config or choose_config(
+        size_o,
+        size_i,
+        num_tokens,
+        dot_dtype,
+        scores=sample_scores is not None,
+        regular=_is_regular(x) and _is_regular(grad_out),
+    )
     tiles_o = triton.cdiv(size_o, config.block_o)
-    tiles_i = max(triton.cdiv(size_i, config.block_i), 1)  # without inputs there is still a bias
-    splits = splits or choose_splits(tiles_o * tiles_i, num_samples, config, x.device)
+    num_tiles = tiles_o * triton.cdiv(size_i, config.block_i)
+    splits = splits or choose_splits(num_tiles, num_samples, config, x.device)
     samples_per_split = triton.cdiv(num_samples, splits)
     splits = triton.cdiv(num_samples, samples_per_split)  # so that none is empty
 
@@ -240,7 +298,7 @@ def linear_fisher_(
     if splits > 1:
         fisher_out = fisher.new_empty(splits, size_o, size_i)
         bias_out = None if bias_fisher is None else fisher.new_empty(splits, size_o)
-    scores = None if sample_scores is None else fisher.new_empty(tiles_o * tiles_i, num_samples)
+    scores = None if sample_scores is None else fisher.new_empty(num_tiles, num_samples)
 
     args = {
         "x_ptr": x,
@@ -252,8 +310,6 @@ def linear_fisher_(
         "num_samples": num_samples,
         "num_tokens": num_tokens,
         "samples_per_split": samples_per_split,
-        "tiles_o": tiles_o,
-        "tiles_i": tiles_i,
         "size_o": size_o,
         "size_i": size_i,
         **_strides(x, "xn", "xt", "xi"),
@@ -270,11 +326,9 @@ def linear_fisher_(
         "BLOCK_T": config.block_t,
         "SWIZZLE": TILES_PER_SWIZZLE,
     }
-    grid = (tiles_o * tiles_i, splits)
-    run(
-        Launch(_linear_fisher_kernel, grid, args, config.num_warps, config.num_stages),
-        fisher.device,
-    )
+    grid = (num_tiles + (0 if bias_fisher is None else tiles_o), splits)
+    launch = Launch(_linear_fisher_kernel, grid, args, config.num_warps, config.num_stages)
+    run(launch, fisher.device)
 
     if splits > 1:
         fisher += fisher_out.sum(0)
@@ -282,6 +336,14 @@ def linear_fisher_(
             bias_fisher += bias_out.sum(0)
     if sample_scores is not None and scores is not None:
         sample_scores += scores.sum(0)
+
+
+def _is_regular(operand: Tensor) -> bool:
+    """Whether ``[N, T, features]`` can be loaded in 16-byte vectors along the features."""
+    vector = 16 // operand.element_size()
+    return operand.stride(-1) == 1 and all(
+        number % vector == 0 for number in (operand.shape[-1], *operand.stride()[:-1])
+    )
 
 
 def _strides(tensor: Tensor | None, *letters: str) -> dict[str, int]:

@@ -23,6 +23,15 @@ class Launch(NamedTuple):
     num_warps: int
     num_stages: int
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """How the kernel is compiled. Fused multiply-add is said aloud: its default will move."""
+        return {
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "enable_fp_fusion": True,
+        }
+
 
 _collected: list[Launch] | None = None
 
@@ -34,9 +43,7 @@ def run(launch: Launch, device: torch.device) -> None:
         return
     # Triton launches on the current device, wherever the tensors are.
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        launch.kernel[launch.grid](
-            **launch.args, num_warps=launch.num_warps, num_stages=launch.num_stages
-        )
+        launch.kernel[launch.grid](**launch.args, **launch.options)
 
 
 @contextmanager
