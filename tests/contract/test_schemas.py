@@ -26,7 +26,9 @@ def test_reference_takes_what_the_schema_says(op):
     assert list(signature.parameters) == [argument.name for argument in schema.arguments]
     for argument in schema.arguments:
         default = signature.parameters[argument.name].default
-        expected = argument.default_value if argument.has_default_value() else inspect.Parameter.empty
+        expected = (
+            argument.default_value if argument.has_default_value() else inspect.Parameter.empty
+        )
         assert default == expected, argument.name
 
 
