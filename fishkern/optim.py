@@ -17,6 +17,7 @@ from fishkern.optim_roles import (
     check_dense,
     check_distinct,
     check_floating,
+    check_unsharded,
     group_owners,
     index_of,
     leaf_owner,
@@ -234,6 +235,7 @@ class FishSparseAdamW(torch.optim.Optimizer):
         for name, param in zip(names, params, strict=True):
             if name in self._mask and leaf_owner(name) is None:
                 check_dense(name, param, self._mask)
+                check_unsharded(name, param)
         devices = {param.device for g in self.param_groups for param in g["params"]}
         if len(devices) == 1:
             self._mask = self._mask.to(devices.pop())  # held once, where it is used

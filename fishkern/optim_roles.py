@@ -166,6 +166,20 @@ def check_floating(name: str, param: Tensor) -> None:
         )
 
 
+def check_unsharded(name: str, param: Tensor) -> None:
+    """Refuse a shard: the mask's positions are those of the whole parameter.
+
+    Raises:
+        ValueError: The parameter is a DTensor.
+    """
+    if hasattr(param, "to_local"):
+        raise ValueError(
+            f"{name} is sharded (a DTensor), but its mask has positions in the whole parameter: "
+            f"call fishkern.train_only before fully_shard, which then shards its leaves, or train "
+            f"with DDP"
+        )
+
+
 def check_answered(names: Iterable[str], mask: SparseMask) -> None:
     """Refuse a mask that selects in parameters which are not there.
 

@@ -27,13 +27,15 @@ class Batch:
     """The parameters of one group on one device: what one launch updates.
 
     ``indices`` are as the op wants them (empty where the whole parameter is trained), ``shapes``
-    those of the moments (None where the parameter's). ``counts`` is one tensor with a view into it
+    those of the moments (None where the parameter's); ``sharded``: some are DTensors, of which each
+    rank updates its own part. ``counts`` is one tensor with a view into it
     for each state's ``step``, so that all are raised in one operation.
     """
 
     device: torch.device
     params: list[Tensor] = field(default_factory=list)
     indices: list[Tensor] = field(default_factory=list)
+    sharded: bool = False
     shapes: list[torch.Size | None] = field(default_factory=list)
     counts: Tensor | None = None
     count_views: list[Tensor] = field(default_factory=list)
@@ -84,6 +86,7 @@ def make_plan(params: Sequence[Tensor], indices: Sequence[Tensor | None]) -> Pla
     for param, index in zip(params, indices, strict=True):
         device = param.device
         batch = batches.setdefault(device, Batch(device))
+        batch.sharded |= is_sharded(param)
         nothing = every.setdefault(device, torch.empty(0, dtype=torch.int32, device=device))
         batch.params.append(param)
         batch.indices.append(nothing if index is None else index.to(device))
@@ -135,15 +138,20 @@ def run(
     beta1, beta2 = group["betas"]
     counts = [entry["step"] for entry in states] if launch.counts is None else [launch.counts]
     torch._foreach_add_(counts, 1)
+    lists = [
+        launch.params,
+        launch.grads,
+        launch.indices,
+        [entry["exp_avg"] for entry in states],
+        [entry["exp_avg_sq"] for entry in states],
+        [entry["max_exp_avg_sq"] for entry in states] if group["amsgrad"] else [],
+        [],
+    ]
+    if batch.sharded:
+        lists = [[t.to_local() if is_sharded(t) else t for t in tensors] for tensors in lists]
     try:
         _op()(
-            launch.params,
-            launch.grads,
-            launch.indices,
-            [entry["exp_avg"] for entry in states],
-            [entry["exp_avg_sq"] for entry in states],
-            [entry["max_exp_avg_sq"] for entry in states] if group["amsgrad"] else [],
-            [],
+            *lists,
             torch.stack(counts) if launch.counts is None else launch.counts,
             _lr(batch, group["lr"]),
             float(beta1),
@@ -216,12 +224,20 @@ def _build_states(batch: Batch, state: State, group: dict[str, Any]) -> list[Any
         }
         dtype = moment_dtype(param)
         for key in keys:
+            if is_sharded(param):
+                entry[key] = torch.zeros_like(param, dtype=dtype)
+                continue
             # Contiguous whatever the parameter's strides: entry j belongs to flat position j.
             entry[key] = torch.zeros(
                 param.shape if shape is None else shape, dtype=dtype, device=batch.device
             )
         state[param] = entry
     return [state.get(param) for param in batch.params]
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor; asked by attribute, since importing DTensor takes long."""
+    return hasattr(tensor, "to_local")
 
 
 def moment_dtype(param: Tensor) -> torch.dtype:

@@ -4,11 +4,13 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.fsdp import fully_shard
 
 from fishkern.optim import FishSparseAdamW
 from tests.support.optim import copies, loss_of, make_mask, make_model, train
@@ -141,3 +143,36 @@ def test_ddps_and_compiles_names_load_into_the_bare_model():
     train(model, wrapped, 2, start=2)
     train(other, fresh, 2, start=2)
     assert_equal(model, other)
+
+
+@pytest.fixture
+def mesh():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_sharded_parameters_are_trained_whole(mesh):
+    model = make_model()
+    other = copy.deepcopy(model)
+    fully_shard(model, mesh=mesh)
+    optimizer = FishSparseAdamW(model.parameters(), lr=1e-2)
+    train(model, optimizer, 3)
+    checkpoint = copy.deepcopy(get_optimizer_state_dict(model, optimizer))
+    set_optimizer_state_dict(model, optimizer, checkpoint)
+    train(model, optimizer, 3, start=3)
+    train(other, FishSparseAdamW(other.parameters(), lr=1e-2), 6)
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a.full_tensor(), b)
+        assert type(optimizer.state[a]["exp_avg"]) is type(a.data)
+
+
+def test_a_mask_on_sharded_parameters_is_refused(mesh):
+    model = make_model()
+    mask = make_mask(model)
+    optimizer = FishSparseAdamW(model.named_parameters(), mask=mask)
+    fully_shard(model, mesh=mesh)
+    optimizer.param_groups[0]["params"] = list(model.parameters())  # as Accelerate does
+    loss_of(model, 0).backward()
+    with pytest.raises(ValueError, match=r"0\.weight is sharded.*train_only before fully_shard"):
+        optimizer.step()
