@@ -38,21 +38,24 @@ MASTER, COUNT, PLACE = tl.constexpr(6), tl.constexpr(7), tl.constexpr(8)
 def _one_minus_power(log_base, exponent):
     """1 - base^exponent in float32, to a few units in the last place: no cancellation."""
     y = exponent * log_base
-    series = 1.0  # (exp(y) - 1) / y, by Horner's rule
+    small = tl.maximum(y, -0.5)
+    series = 1.0  # (exp(small) - 1) / small, by Horner's rule
     for k in tl.static_range(9, 1, -1):
-        series = 1.0 + series * y / k
-    return tl.where(y > -0.5, -y * series, 1.0 - tl.exp(y))
+        series = 1.0 + series * small / k
+    return tl.where(y > -0.5, -small * series, 1.0 - tl.exp(y))
 
 
 @triton.jit
 def _round_to(x, DTYPE: tl.constexpr):
     """Float32 to ``DTYPE``, to nearest, ties to even."""
-    if DTYPE == tl.bfloat16:
-        # Spelled out because the interpreter would truncate.
+    if DTYPE == tl.bfloat16:  # spelled out because the interpreter would truncate
         bits = x.to(tl.uint32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
-    return x.to(DTYPE)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        rounded = tl.where(x == x, rounded, 0x7FC0)  # a NaN's bits could round to infinity's
+        result = rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        result = x.to(DTYPE)
+    return result
 
 
 @triton.jit
@@ -137,7 +140,7 @@ def _masked_adamw_kernel(
         g_entry = entry if GRAD_SELECTED else where
         g = tl.load(grad_ptr + g_entry, mask=inside, other=0.0).to(tl.float32)
         m = tl.load(exp_avg_ptr + entry, mask=inside, other=0.0)
-        v = tl.load(exp_avg_sq_ptr + entry, mask=inside, other=0.0)
+        v = tl.load(exp_avg_sq_ptr + entry, mask=inside, other=1.0)  # no 0 / 0 outside
 
         if grad_scale_ptr is not None:
             g = tl.div_rn(g, grad_scale)
@@ -149,7 +152,7 @@ def _masked_adamw_kernel(
         tl.store(exp_avg_sq_ptr + entry, v, mask=inside)
         if AMSGRAD:
             max_ptr = _address(table_ptr, MAX_EXP_AVG_SQ, tensor, num_tensors, tl.float32)
-            v_max = tl.load(max_ptr + entry, mask=inside, other=0.0)
+            v_max = tl.load(max_ptr + entry, mask=inside, other=1.0)
             v = tl.maximum(v_max, v, propagate_nan=tl.PropagateNan.ALL)
             tl.store(max_ptr + entry, v, mask=inside)
         p = p * decay - step_size * tl.div_rn(m, tl.div_rn(tl.sqrt_rn(v), root) + eps)
@@ -198,8 +201,9 @@ def masked_adamw_(
         TypeError: A dtype that the kernel does not have.
         ValueError: Moments or masters that are not contiguous.
     """
-    _check(params, grads, {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs,
-                           "max_exp_avg_sqs": max_exp_avg_sqs, "masters": masters})
+    states = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    states |= {"max_exp_avg_sqs": max_exp_avg_sqs, "masters": masters}
+    _check(params, grads, states)
     flat = [param.contiguous() for param in params]
     grads = [grad.contiguous() for grad in grads]
     indices = [index.contiguous() for index in indices]
