@@ -7,9 +7,18 @@ from functools import cache
 import torch
 
 from fishkern.backends.native import build
+from fishkern.backends.native.build import cache_dir
 from fishkern.backends.native.ops import linear_fisher_, masked_adamw_, topk_indices
 
-__all__ = ["DEVICES", "linear_fisher_", "masked_adamw_", "topk_indices", "unavailable"]
+__all__ = [
+    "DEVICES",
+    "cache_dir",
+    "cpu_capability",
+    "linear_fisher_",
+    "masked_adamw_",
+    "topk_indices",
+    "unavailable",
+]
 
 DEVICES = ("cpu",)
 
@@ -31,6 +40,14 @@ def unavailable() -> str | None:
             raise
         return str(error)
     return None
+
+
+def cpu_capability() -> str:
+    """The vector instructions that the kernels use here: "baseline", "avx2" or "avx512"."""
+    if unavailable() is not None:
+        return "unknown without the native backend"
+    level: int = torch.ops.fishkern_native.cpu_capability()
+    return list(build.INSTRUCTION_SETS)[level]
 
 
 def _load() -> None:
