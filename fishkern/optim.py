@@ -212,9 +212,10 @@ class FishSparseAdamW(torch.optim.Optimizer):
         if plan is not None and plan.holds(group["params"]):
             return plan
         indices = self._indices(group)
-        if plan is not None and len(plan.params) == len(group["params"]):
+        if plan is not None and len(plan.params) == len(group.get("param_names", ())):
+            # Same name and shape, another tensor: its moments go with the name.
             for old, new in zip(plan.params, group["params"], strict=True):
-                if old is not new and old in self.state and not self.state.get(new):
+                if old.shape == new.shape and old in self.state and not self.state.get(new):
                     self.state[new] = self.state.pop(old)
         self._plans[i] = make_plan(group["params"], indices)
         return self._plans[i]

@@ -105,6 +105,8 @@ def gather(batch: Batch, state: State, group: dict[str, Any]) -> Launch | None:
     states: list[Any] = [state.get(param) for param in params]
     if not all(states):
         states = _build_states(batch, state, group)
+        if _only_builds(group, grads):
+            return None
     counts = None
     if all(map(is_not, grads, repeat(None))):
         counts = _packed_counts(batch, states)
@@ -205,6 +207,20 @@ def scaling(optimizer: torch.optim.Optimizer) -> tuple[Tensor | None, Tensor | N
     if all(group["capturable"] for group in optimizer.param_groups):
         return grad_scale, found_inf
     return None if found_inf.item() else (grad_scale, None)
+
+
+def _only_builds(group: dict[str, Any], grads: list[Any]) -> bool:
+    """Whether this first step has lr = 0 and zero gradients: it moves nothing, so it is no step.
+
+    ``torch.distributed.checkpoint`` calls it to have states to load into. Counted, it would spoil
+    the bias corrections of a run that then starts anew.
+    """
+    if float(group["lr"]) != 0 or any(
+        g is not None and g.layout is not torch.strided for g in grads
+    ):
+        return False
+    found = [grad.any() for grad in grads if grad is not None]
+    return not any(f.full_tensor() if is_sharded(f) else f for f in found)
 
 
 def _build_states(batch: Batch, state: State, group: dict[str, Any]) -> list[Any]:

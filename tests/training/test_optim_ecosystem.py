@@ -16,6 +16,13 @@ from fishkern.optim import FishSparseAdamW
 from tests.support.optim import copies, loss_of, make_mask, make_model, train
 
 
+@pytest.fixture
+def mesh():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
 def twins(dtype=torch.float32, **options):
     """Two equal models with an optimizer each."""
     models = [make_model(dtype)]
@@ -106,6 +113,28 @@ def test_a_removed_group_and_changed_options_take_effect():
         assert torch.equal(param, before[name])
 
 
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_step_that_only_builds_states_is_not_counted(sharded, mesh):
+    model = make_model()
+    other = copy.deepcopy(model)
+    if sharded:
+        fully_shard(model, mesh=mesh)
+    optimizer, untouched = (FishSparseAdamW(m.named_parameters(), lr=1e-2) for m in (model, other))
+    checkpoint = get_optimizer_state_dict(model, optimizer)
+    assert all(entry["step"] == 0 for entry in checkpoint["state"].values())
+    train(model, optimizer, 3)
+    train(other, untouched, 3)
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a.full_tensor() if sharded else a, b)
+
+
+def test_a_first_step_at_lr_zero_is_counted():
+    (model, optimizer), _ = twins()
+    optimizer.param_groups[0]["lr"] = 0.0
+    train(model, optimizer, 1)
+    assert all(entry["step"] == 1 for entry in optimizer.state.values())
+
+
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # one process is meant here
 @pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")  # by torch, in its own reader
 def test_distributed_checkpoint_round_trip(tmp_path):
@@ -143,13 +172,6 @@ def test_ddps_and_compiles_names_load_into_the_bare_model():
     train(model, wrapped, 2, start=2)
     train(other, fresh, 2, start=2)
     assert_equal(model, other)
-
-
-@pytest.fixture
-def mesh():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield dist.init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
 
 
 def test_sharded_parameters_are_trained_whole(mesh):

@@ -248,6 +248,16 @@ def test_groups_may_be_added_until_the_first_step():
     assert not torch.equal(before["0.weight"], model[0].weight)
 
 
+def test_empty_groups_are_kept():
+    model = make_model()
+    mask = make_mask(model)
+    groups = [{"params": []}, {"params": model.named_parameters()}, {"params": iter(())}]
+    optimizer = FishSparseAdamW(groups, mask=mask)
+    train(model, optimizer, 2)
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert [len(group["params"]) for group in optimizer.param_groups] == [0, 6, 0]
+
+
 def test_accumulation_and_clipping_see_dense_gradients():
     model = make_model()
     mask = make_mask(model)
