@@ -44,46 +44,43 @@ def masked_adamw_(
     """
     if found_inf is not None and found_inf.item():
         return
+    for i, (param, index) in enumerate(zip(params, indices, strict=True)):
+        _check_range(i, param, index)
     for i, (param, grad, index, m, v) in enumerate(
         zip(params, grads, indices, exp_avgs, exp_avg_sqs, strict=True)
     ):
         if m.numel() == 0:
             continue
+        where = index.long() if index.numel() else slice(None)
         dtype = torch.promote_types(param.dtype, torch.float32)
-        whole = index.numel() == 0
-        where = slice(None) if whole else index.long()
-        m, v = m.view(-1), v.view(-1)
-        g = grad.reshape(-1)
-        if not whole and g.numel() == param.numel() != index.numel():
-            g = g[where]
-        g = g.to(dtype)
+        flat, g, m, v = param.reshape(-1), grad.reshape(-1), m.view(-1), v.view(-1)
+        g = (g[where] if g.numel() != m.numel() else g).to(dtype)
         if grad_scale is not None:
-            g = g / grad_scale.to(dtype)
+            g = g / grad_scale
         if maximize:
             g = -g
-        master = masters[i] if len(masters) and masters[i].numel() else None
-        # reshape(-1) of a strided parameter would be a copy: write through flat positions
-        flat = param.view(-1) if param.is_contiguous() else None
-        p = master.view(-1) if master is not None else (flat if flat is not None else param.reshape(-1))[where]
-        p = p.to(dtype)
+        has_master = len(masters) > 0 and masters[i].numel() > 0
+        master = masters[i].view(-1) if has_master else flat[where]
 
-        step = float(steps[i])
-        rate = float(lr)
-        p = p * (1 - rate * weight_decay)
+        step, rate = float(steps[i]), float(lr)
+        p = master.to(dtype) * (1 - rate * weight_decay)
         m.lerp_(g.to(m.dtype), 1 - beta1)
         v.mul_(beta2).addcmul_(g.to(v.dtype), g.to(v.dtype), value=1 - beta2)
-        second = v
         if len(max_exp_avg_sqs):
-            second = max_exp_avg_sqs[i].view(-1)
-            torch.maximum(second, v, out=second)
-        denom = second.to(dtype).sqrt() / (1 - beta2**step) ** 0.5 + eps
-        p = p - rate / (1 - beta1**step) * m.to(dtype) / denom
+            v = torch.maximum(v, max_exp_avg_sqs[i].view(-1), out=max_exp_avg_sqs[i].view(-1))
+        denominator = v.to(dtype).sqrt() / (1 - beta2**step) ** 0.5 + eps
+        p = p - rate / (1 - beta1**step) * m.to(dtype) / denominator
 
-        if master is not None:
-            master.view(-1).copy_(p)
-        if flat is not None:
-            flat[where] = p.to(param.dtype)
-        else:
-            dense = param.reshape(-1)
-            dense[where] = p.to(param.dtype)
-            param.copy_(dense.view_as(param))
+        if has_master:
+            master.copy_(p)
+        flat[where] = p.to(param.dtype)
+        if not param.is_contiguous():  # then flat may be a copy
+            param.copy_(flat.view_as(param))
+
+
+def _check_range(i: int, param: Tensor, index: Tensor) -> None:
+    if index.numel() and (index[0] < 0 or index[-1] >= param.numel()):
+        raise RuntimeError(
+            f"indices[{i}] runs from {index[0]} to {index[-1]}, but params[{i}] has "
+            f"{param.numel()} entries"
+        )
