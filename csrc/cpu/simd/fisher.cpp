@@ -24,20 +24,30 @@ struct BiasSums {
   float* sum;    // [size] of the sample under way
   float* total;  // [size] over samples
 
-  void add(const float* panels, const Chunk& chunk, bool squared, int64_t panel,
-           int64_t size) const {
-    for (int64_t begin = 0; begin < size; begin += panel) {
-      const int64_t width = min(panel, size - begin);
+  template <int kPanel>
+  void add(const float* panels, const Chunk& chunk, bool squared, int64_t size) const {
+    for (int64_t begin = 0; begin < size; begin += kPanel) {
       const float* in = panels + begin * chunk.size();
-      float* s = sum + begin;
-      float* f = total + begin;
-      for (int64_t n = 0; n < chunk.samples; ++n) {
-        if (chunk.first)
-          for (int64_t j = 0; j < width; ++j) s[j] = 0.0f;
-        for (int64_t t = 0; t < chunk.tokens; ++t, in += width)
-          for (int64_t j = 0; j < width; ++j) s[j] += in[j];
-        if (chunk.last)
-          for (int64_t j = 0; j < width; ++j) f[j] += squared ? s[j] : s[j] * s[j];
+      if (size - begin >= kPanel) {
+        add_panel<kPanel>(in, chunk, squared, begin, kPanel);  // a width known to the compiler
+      } else {
+        add_panel<kPanel>(in, chunk, squared, begin, size - begin);
+      }
+    }
+  }
+
+  template <int kPanel>
+  [[gnu::always_inline]] inline void add_panel(const float* in, const Chunk& chunk, bool squared,
+                                               int64_t begin, int64_t width) const {
+    for (int64_t n = 0; n < chunk.samples; ++n) {
+      float s[kPanel];
+      for (int64_t j = 0; j < width; ++j) s[j] = chunk.first ? 0.0f : sum[begin + j];
+      for (int64_t t = 0; t < chunk.tokens; ++t, in += width)
+        for (int64_t j = 0; j < width; ++j) s[j] += in[j];
+      if (chunk.last) {
+        for (int64_t j = 0; j < width; ++j) total[begin + j] += squared ? s[j] : s[j] * s[j];
+      } else {
+        for (int64_t j = 0; j < width; ++j) sum[begin + j] = s[j];
       }
     }
   }
@@ -96,8 +106,8 @@ class Block {
                           t == 0, t + tokens >= problem_.tokens};
         pack<kTileRows, 1>(problem_.rows, problem_.squared, chunk, row_, rows_, packed_rows_);
         pack<kTileCols, kWidth>(problem_.cols, problem_.squared, chunk, col_, cols_, packed_cols_);
-        if (row_bias) bias_.add(packed_rows_, chunk, problem_.squared, kTileRows, rows_);
-        if (col_bias) bias_.add(packed_cols_, chunk, problem_.squared, kTileCols, padded_cols_);
+        if (row_bias) bias_.add<kTileRows>(packed_rows_, chunk, problem_.squared, rows_);
+        if (col_bias) bias_.add<kTileCols>(packed_cols_, chunk, problem_.squared, padded_cols_);
         compute_chunk(chunk);
       }
     }
