@@ -68,7 +68,9 @@ def choose_config(
         short //= 2
     sides = (short, long) if size_o < size_i else (long, short)
     step = min(longest_step, max(16, triton.next_power_of_2(num_tokens)))
-    return Config(*sides, step, num_warps=8 if long * short >= 128 * 64 else 4, num_stages=3)
+    num_warps = 8 if long * short >= 128 * 64 else 4
+    num_stages = 2 if simple and narrow >= longest else 3  # a third would spill a register
+    return Config(*sides, step, num_warps, num_stages)
 
 
 def choose_splits(num_tiles: int, num_samples: int, config: Config, device: torch.device) -> int:
