@@ -1,139 +1,20 @@
-// masked_adamw_: read the tensors' metadata, check it, and share the entries out to threads.
-// The arithmetic is in cpu/simd/adamw.cpp.
-
-#include "cpu/simd/adamw.h"
+// masked_adamw_: read the tensors' metadata and check it before anything is changed. Sharing the
+// entries out to threads is in cpu/adamw_entries.cpp, the arithmetic in cpu/simd/adamw.cpp.
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <algorithm>
 #include <cmath>
 #include <optional>
 #include <vector>
+
+#include "cpu/adamw_entries.h"
 
 namespace fishkern::adamw {
 namespace {
 
 using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
-
-// Fewer entries than this are not worth waking a thread for.
-constexpr int64_t kGrain = 16384;
-constexpr int64_t kBlock = 256;  // positions of a strided tensor that are worked out at a time
-
-int64_t bytes_of(Dtype dtype) {
-  return dtype == Dtype::kDouble ? 8 : dtype == Dtype::kFloat ? 4 : 2;
-}
-
-template <class Pointer>
-Pointer advance(Pointer data, int64_t bytes) {
-  using Byte =
-      std::conditional_t<std::is_const_v<std::remove_pointer_t<Pointer>>, const char, char>;
-  return data ? static_cast<Byte*>(data) + bytes : nullptr;
-}
-
-// Sizes and strides; without dimensions where the tensor is contiguous.
-struct Layout {
-  const int64_t* sizes = nullptr;
-  const int64_t* strides = nullptr;
-  int64_t dim = 0;
-
-  explicit Layout(const Tensor& tensor) {
-    if (tensor.is_contiguous()) return;
-    dim = tensor.dim();
-    sizes = tensor.sizes().data();
-    strides = tensor.strides().data();
-  }
-
-  bool contiguous() const { return dim == 0; }
-
-  int64_t offset(int64_t flat) const {
-    if (contiguous()) return flat;
-    int64_t result = 0;
-    for (int64_t d = dim - 1; d >= 0; --d) {
-      const int64_t rest = flat / sizes[d];
-      result += (flat - rest * sizes[d]) * strides[d];
-      flat = rest;
-    }
-    return result;
-  }
-};
-
-// All selected entries of one tensor.
-struct Entries {
-  Run run;
-  Step step;
-  Layout param_layout, grad_layout;
-  bool grad_selected;  // the gradient holds the selected entries only
-};
-
-Run slice(const Run& run, int64_t begin, int64_t count) {
-  const auto shift = [begin](Positions& where, auto& data, Dtype dtype) {
-    if (where.at) {
-      where.at = advance(where.at, begin * where.bytes);
-    } else {
-      data = advance(data, begin * bytes_of(dtype));
-    }
-  };
-  Run part = run;
-  part.count = count;
-  shift(part.param_at, part.param, run.param_dtype);
-  shift(part.grad_at, part.grad, run.grad_dtype);
-  for (void** state : {&part.exp_avg, &part.exp_avg_sq, &part.max_exp_avg_sq, &part.master}) {
-    *state = advance(*state, begin * bytes_of(run.state_dtype));
-  }
-  return part;
-}
-
-void update_part(const Entries& entries, int64_t begin, int64_t count) {
-  const Run& run = entries.run;
-  const bool in_double = run.param_dtype == Dtype::kDouble || run.state_dtype == Dtype::kDouble;
-  const auto update = in_double ? &update_in_double : FISHKERN_FOR_THIS_CPU(update);
-  if (entries.param_layout.contiguous() && entries.grad_layout.contiguous()) {
-    return update(slice(run, begin, count), entries.step);
-  }
-  // Strided: the same, from positions worked out block by block.
-  int64_t param_at[kBlock], grad_at[kBlock];
-  for (const int64_t end = begin + count; begin < end; begin += kBlock) {
-    Run part = slice(run, begin, std::min(kBlock, end - begin));
-    for (int64_t i = 0; i < part.count; ++i) {
-      const int64_t flat = run.param_at.at == nullptr ? begin + i
-                           : run.param_at.bytes == 4
-                               ? static_cast<const int32_t*>(run.param_at.at)[begin + i]
-                               : static_cast<const int64_t*>(run.param_at.at)[begin + i];
-      param_at[i] = entries.param_layout.offset(flat);
-      grad_at[i] = entries.grad_layout.offset(entries.grad_selected ? begin + i : flat);
-    }
-    part.param = run.param;
-    part.grad = run.grad;
-    part.param_at = {param_at, 8};
-    part.grad_at = {grad_at, 8};
-    update(part, entries.step);
-  }
-}
-
-// Threads get equal shares of all entries together, so that a large tensor is shared. Each entry
-// is computed by itself: the result does not depend on the shares.
-void update_all(const std::vector<Entries>& all) {
-  std::vector<int64_t> ends;
-  ends.reserve(all.size());
-  int64_t total = 0;
-  for (const Entries& entries : all) ends.push_back(total += entries.run.count);
-  if (total < 2 * kGrain) {
-    for (const Entries& entries : all) update_part(entries, 0, entries.run.count);
-    return;
-  }
-  torch::stable::parallel_for(0, total, kGrain, [&](int64_t begin, int64_t end) {
-    size_t i = std::upper_bound(ends.begin(), ends.end(), begin) - ends.begin();
-    for (; begin < end; ++i) {
-      const int64_t first = ends[i] - all[i].run.count;
-      const int64_t last = std::min(end, ends[i]);
-      if (last > begin) update_part(all[i], begin - first, last - begin);
-      begin = std::max(begin, last);
-    }
-  });
-}
 
 // Metadata. Each question to a tensor is a call through the C ABI: ask once.
 

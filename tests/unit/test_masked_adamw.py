@@ -1,9 +1,5 @@
 """masked_adamw_ against torch.optim.AdamW, run in float64 on the selected entries alone."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -362,49 +358,6 @@ def test_masked_adamw_float64(backend_name, state_dtype):
         case.selected(case.before), [case.selected(g) for g in case.grads], amsgrad=True
     )
     assert_matches(case.selected(case.param), truth, state_dtype, 10 * OPERATIONS)
-
-
-# In a process of its own: the number of threads and the instruction set are fixed at the start.
-FINGERPRINT = """
-import hashlib, torch
-from fishkern._dispatch import use_backend
-from fishkern.functional import masked_adamw_
-torch.manual_seed(0)
-digest = hashlib.sha256()
-for dtype in (torch.float32, torch.bfloat16, torch.float16):
-    for k in (40000, 7, 0):
-        param, grad = torch.randn(300, 301).to(dtype), torch.randn(300, 301).to(dtype)
-        index = torch.randperm(param.numel())[:k].sort().values.int()
-        m, v, v_max = (torch.rand(k or param.numel()) for _ in range(3))
-        with use_backend("native"):
-            masked_adamw_([param, param[:50]], [grad, grad[:50]], [index, torch.empty(0).int()],
-                          [m, torch.ones(15050)], [v, torch.ones(15050)], steps=[3, 3], lr=0.1,
-                          betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1,
-                          max_exp_avg_sqs=[v_max, torch.ones(15050)])
-        for tensor in (param, m, v, v_max):
-            digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
-print(digest.hexdigest())
-"""
-
-
-def fingerprint(**environment):
-    done = subprocess.run(
-        [sys.executable, "-c", FINGERPRINT], env={**os.environ, **environment}, text=True,
-        capture_output=True, check=True,
-    )  # fmt: skip
-    return done.stdout.strip()
-
-
-def test_masked_adamw_same_bits_for_every_instruction_set_and_thread_count():
-    from fishkern._dispatch import available
-
-    if reason := available()["native"]:
-        pytest.skip(f"native: {reason}")
-    runs = [("baseline", "1"), ("avx2", "1"), ("avx512", "1"), ("avx512", "2"), ("avx2", "3")]
-    results = {
-        run: fingerprint(FISHKERN_CPU_CAPABILITY=run[0], OMP_NUM_THREADS=run[1]) for run in runs
-    }
-    assert len(set(results.values())) == 1, results
 
 
 ONE = torch.ones(4)

@@ -1,0 +1,120 @@
+"""The C++ masked_adamw_: every instruction set and thread count, and state packed in one tensor."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fishkern import _dispatch
+
+
+@pytest.fixture(autouse=True)
+def _native():
+    if reason := _dispatch.available()["native"]:
+        pytest.skip(f"native: {reason}")
+
+
+# In a process of its own: the number of threads and the instruction set are fixed at the start.
+FINGERPRINT = """
+import hashlib, torch
+from fishkern._dispatch import use_backend
+from fishkern.functional import masked_adamw_
+torch.manual_seed(0)
+digest = hashlib.sha256()
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for k in (40000, 7, 0):
+        param, grad = torch.randn(300, 301).to(dtype), torch.randn(300, 301).to(dtype)
+        index = torch.randperm(param.numel())[:k].sort().values.int()
+        m, v, v_max = (torch.rand(k or param.numel()) for _ in range(3))
+        with use_backend("native"):
+            masked_adamw_([param, param[:50]], [grad, grad[:50]], [index, torch.empty(0).int()],
+                          [m, torch.ones(15050)], [v, torch.ones(15050)], steps=[3, 3], lr=0.1,
+                          betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1,
+                          max_exp_avg_sqs=[v_max, torch.ones(15050)])
+        for tensor in (param, m, v, v_max):
+            digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+print(digest.hexdigest())
+"""
+
+
+def fingerprint(**environment):
+    done = subprocess.run(
+        [sys.executable, "-c", FINGERPRINT], env={**os.environ, **environment}, text=True,
+        capture_output=True, check=True,
+    )  # fmt: skip
+    return done.stdout.strip()
+
+
+def test_masked_adamw_same_bits_for_every_instruction_set_and_thread_count():
+    runs = [("baseline", "1"), ("avx2", "1"), ("avx512", "1"), ("avx512", "2"), ("avx2", "3")]
+    results = {
+        run: fingerprint(FISHKERN_CPU_CAPABILITY=run[0], OMP_NUM_THREADS=run[1]) for run in runs
+    }
+    assert len(set(results.values())) == 1, results
+
+
+def packed_problem(index_dtype, param_dtype=torch.float32):
+    torch.manual_seed(0)
+    params = [torch.randn(6, 7), torch.randn(5), torch.randn(4, 50), torch.randn(3)]
+    params = [param.to(param_dtype) for param in params]
+    counts = [13, 0, 177, 3]  # the last is trained whole, and takes no indices
+    indices = [
+        torch.randperm(param.numel())[:count].sort().values.to(index_dtype)
+        for param, count in zip(params, counts, strict=True)
+    ]
+    indices[-1] = indices[-1][:0]
+    grads = [torch.randn_like(param) for param in params]
+    offsets = torch.tensor([0, *counts]).cumsum(0)
+    m, v, v_max, master = (torch.rand(sum(counts)) for _ in range(4))
+    return params, grads, indices, offsets, m, v, v_max, master
+
+
+@pytest.mark.parametrize("extras", [False, True])
+@pytest.mark.parametrize("param_dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
+def test_masked_adamw_packed_equals_lists(index_dtype, param_dtype, extras):
+    """Packed and listed state give the same bits."""
+    scalars = (torch.tensor([1.0, 2, 3, 4]), torch.tensor(0.1), 0.9, 0.999, 1e-8, 0.1)
+    params, grads, indices, offsets, *packed = packed_problem(index_dtype, param_dtype)
+    listed = [list(t.clone().split(offsets.diff().tolist())) for t in packed]
+    others = [param.clone() for param in params]
+    kernels = torch.ops.fishkern_native
+    kernels.masked_adamw_packed_(
+        params, grads, offsets, torch.cat(indices), *packed[:2],
+        *(packed[2:] if extras else (None, None)), *scalars,
+    )  # fmt: skip
+    kernels.masked_adamw_(
+        others, grads, indices, *listed[:2], *(listed[2:] if extras else ([], [])), *scalars
+    )
+    assert all(map(torch.equal, params, others))
+    for whole, parts in zip(packed, listed, strict=True):
+        assert torch.equal(whole, torch.cat(parts))
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "match"),
+    [
+        (1, [torch.ones(3)], "grads has 1 entries, params 4"),
+        (2, torch.arange(3, dtype=torch.int32), "indices has 3 entries"),
+        (2, torch.arange(400), "indices has 400 entries, of which 190 are used"),
+        (2, torch.cat([torch.arange(189), torch.tensor([200])]), r"indices\[2\] holds 200"),
+        (3, torch.tensor([0, 13, 13, 190]), "offsets must be"),
+        (3, torch.tensor([0, 13, 13, 190, 192]), "offsets must run from 0 to 193"),
+        (3, torch.tensor([0, 13, 10, 190, 193]), "offsets must not descend"),
+        (5, torch.rand(7), "must be contiguous"),
+    ],
+)
+def test_masked_adamw_packed_refuses(place, value, match):
+    arguments = list(packed_problem(torch.int64))
+    arguments[2] = torch.cat(arguments[2])
+    before = [param.clone() for param in arguments[0]]
+    arguments[place] = value
+    params, grads, indices, offsets, m, v, v_max, master = arguments
+    with pytest.raises(RuntimeError, match=match):
+        torch.ops.fishkern_native.masked_adamw_packed_(
+            params, grads, offsets, indices, m, v, v_max, master,
+            torch.ones(4), torch.tensor(0.1), 0.9, 0.999, 1e-8, 0.1,
+        )  # fmt: skip
+    assert all(map(torch.equal, params, before))
