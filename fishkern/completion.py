@@ -10,10 +10,10 @@ functional use, say): what is held is dropped and the parameter is left to an ex
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Iterator, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +82,7 @@ class FisherAccumulator:
             self.num_calls.update(site.names.values())
 
     def end_forward(self, num_samples: int, one_sample: Mapping[Site, list[Shape]] | None) -> None:
-        """Find every input's sample axis, given the shapes of a one-sample pass or known layouts."""
+        """Find every input's sample axis, by the shapes of a one-sample pass or known layouts."""
         self.in_forward, self.num_samples = False, num_samples
         for site, shapes in self.calls.items():
             dims = site.rule.feature_dims
@@ -139,7 +139,9 @@ class FisherAccumulator:
         uses = self.uses[names[0]]
         rule = uses[0].site.rule
         local = {n: [_local_name(use.site, n) for use in uses] for n in names}
-        if any(use.site.rule is not rule for use in uses) or any(len(set(v)) > 1 for v in local.values()):
+        if any(use.site.rule is not rule for use in uses) or any(
+            len(set(v)) > 1 for v in local.values()
+        ):
             self.strays.update(names)  # tied between layers of different kinds
             return
         x = torch.cat([self._samples_first(use, use.x) for use in uses], 1)

@@ -1,4 +1,4 @@
-"""``estimate_fisher``: every candidate's diagonal Fisher information in one backward pass a batch."""
+"""``estimate_fisher``: diagonal Fisher information of every candidate, in one pass a batch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fishkern.completion import FisherAccumulator, Shape
 from fishkern.diagonal import FisherDiagonal
 from fishkern.interception import Site, can_intercept, intercepted, original_parameters
 from fishkern.losses import LossFn, default_loss
-from fishkern.names import Patterns, canonical_name, match, named_parameters
+from fishkern.names import Patterns, match, named_parameters
 from fishkern.preserve import scoring_mode
 from fishkern.verification import FisherVerificationError, verify_scores
 
@@ -215,7 +215,7 @@ class _Scoring:
                 self.probed = True
             accumulator.end_forward(size, one_sample)
             if losses.requires_grad:
-                losses[:only].sum().backward()  # type: ignore[no-untyped-call]
+                losses[:only].sum().backward()
         self._clear_grads()
         return size, accumulator.strays
 
@@ -251,7 +251,7 @@ class _Scoring:
             else:
                 loss = self._losses(samples.take(batch, n, n + 1, size), 1).sum()
             if loss.requires_grad:
-                loss.backward(retain_graph=losses is not None)  # type: ignore[no-untyped-call]
+                loss.backward(retain_graph=losses is not None)
             for name in names:
                 param = self.candidates[name]
                 if param.grad is not None:
@@ -368,6 +368,4 @@ def _finished(scoring: _Scoring, total: int, labels: str) -> FisherDiagonal:
             f"scores of {bad[:3]} overflowed or are NaN: score in float32 or bfloat16, or look "
             f"for infinities in the loss"
         )
-    return FisherDiagonal(
-        scoring.scores, num_samples=total, labels=labels, routes=scoring.routes()
-    )
+    return FisherDiagonal(scoring.scores, num_samples=total, labels=labels, routes=scoring.routes())

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fishkern import _ops
+from fishkern import _ops  # noqa: F401  (registers torch.ops.fishkern)
 
 __all__ = ["linear_fisher_", "masked_adamw_", "topk_indices"]
 

@@ -10,19 +10,19 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from fishkern.interception import Site, original_class, rule_for, run_intercepted
+from fishkern.interception import Site, original_class, rule_for, run_intercepted, subclass
 
 CHILD = "fishkern_leaves"  # the name of the child module that holds an owner's leaves
 INDICES = "_indices"
 
-#: Where the values of each leaf belong, for the optimizer's kernel: leaf -> (its module, local name).
+#: Where each leaf's values belong, for the optimizer's kernel: leaf -> (its module, local name).
 _homes: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
@@ -45,6 +45,7 @@ class Alias(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, leaf: Tensor, indices: Tensor) -> Tensor:
+        """The weight itself, without a copy."""
         ctx.save_for_backward(indices)
         ctx.set_materialize_grads(False)
         return weight.detach()
@@ -52,6 +53,7 @@ class Alias(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor | None) -> tuple[None, Tensor | None, None]:
+        """``grad.flatten()[indices]`` for the leaf, nothing for the weight."""
         (indices,) = ctx.saved_tensors
         return None, None if grad is None else gather(grad, indices), None
 
@@ -77,7 +79,8 @@ class Leaves(nn.Module):
     def home(self, name: str) -> Home:
         """The weight behind a leaf."""
         weight, indices = self._owner[0]._parameters[name], self._buffers[name + INDICES]
-        assert weight is not None and indices is not None
+        assert weight is not None
+        assert indices is not None
         return Home(weight, indices)
 
     def items(self) -> Iterator[tuple[str, nn.Parameter, Tensor, Tensor]]:
@@ -102,7 +105,8 @@ class Leaves(nn.Module):
         for name, leaf, weight, indices in self.items():
             if weight._version != self._versions.get(name):
                 values = gather(weight, indices)
-                leaf.copy_(torch.where(leaf.to(weight.dtype) == values.to(weight.dtype), leaf, values))
+                kept = leaf.to(weight.dtype) == values.to(weight.dtype)
+                leaf.copy_(torch.where(kept, leaf, values))
                 self._versions[name] = weight._version
 
     def freeze_owner(self) -> None:
@@ -132,12 +136,17 @@ class Leaves(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Leaves:
         """Follow the model to another device, but not to another dtype."""
-        super()._apply(lambda t: t.to(fn(t).device) if t.is_floating_point() else fn(t), recurse)
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return tensor.to(moved.device) if tensor.is_floating_point() else moved
+
+        super()._apply(move, recurse)  # type: ignore[no-untyped-call]
         self._settle()
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         for name, leaf in self._parameters.items():
             _homes[leaf] = (weakref.ref(self), name)
         self._versions = {}  # of other tensors; the next pull compares
@@ -189,7 +198,7 @@ def _read(name: str, owner: nn.Module) -> Tensor:
     leaf, indices = leaves._parameters[name], leaves._buffers[name + INDICES]
     alias: Tensor = Alias.apply(weight, leaf, indices)  # type: ignore[no-untyped-call]
     if not torch.compiler.is_compiling():
-        alias._is_param = True  # type: ignore[attr-defined]  # isinstance(alias, nn.Parameter)
+        alias._is_param = True  # isinstance(alias, nn.Parameter) holds
         alias._fishkern_weight = weight  # type: ignore[attr-defined]
     return alias
 
@@ -210,22 +219,22 @@ def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if name in leaves._parameters or param.requires_grad
     }
     indices = {name: leaves._buffers.get(name + INDICES) for name in anchors}
-    site = Site(CHILD, rule, indices, _selected_gradients)
+    site = Site(CHILD, rule, {}, functools.partial(_selected_gradients, indices))
     return run_intercepted(site, params, args[0], list(anchors.values()))
 
 
-def _selected_gradients(site: Site, x: Tensor, grad_out: Tensor) -> list[Tensor]:
+def _selected_gradients(
+    selected: Mapping[str, Tensor | None], site: Site, x: Tensor, grad_out: Tensor
+) -> list[Tensor]:
     """Each leaf's gradient: the dense one is formed, gathered from, and freed."""
     grads = []
-    for name, indices in site.names.items():
+    for name, indices in selected.items():
         grad = site.rule.param_grad(name, x, grad_out)
         grads.append(grad if indices is None else gather(grad, indices))
     return grads
 
 
-def _rebuild(cls: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
+def _rebuild(cls: Any, names: tuple[str, ...]) -> nn.Module:
     """An owner without its content, for pickle and deepcopy."""
-    from fishkern.interception import subclass
-
     attached = subclass(cls, owner_members(names))
     return attached.__new__(attached)

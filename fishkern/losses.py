@@ -91,7 +91,7 @@ def is_encoder_decoder(model: nn.Module) -> bool:
 
 
 def _needs_labels(model: nn.Module) -> bool:
-    """transformers' models run without labels; of others it is not known."""
+    """Models of transformers run without labels; of others it is not known."""
     return is_encoder_decoder(model) or not hasattr(model, "config")
 
 

@@ -31,9 +31,7 @@ class NoDropout(TorchFunctionMode):
         ]
     )
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Skip dropout; run attention without it; pass everything else on."""
         kwargs = dict(kwargs or {})
         if func in self.identities:

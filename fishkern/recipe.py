@@ -13,7 +13,6 @@ from tqdm import tqdm
 from fishkern.diagonal import FisherDiagonal
 from fishkern.fisher import estimate_fisher
 from fishkern.losses import LossFn, default_loss
-from fishkern.masks import SparseMask
 from fishkern.masks import select as select_entries
 from fishkern.names import match, named_parameters
 from fishkern.optim import FishSparseAdamW
@@ -83,7 +82,8 @@ def create_fish_optimizer(
         ...     return (model(batch[0]) - batch[1]).square().sum(1)
         >>> batches = [(torch.randn(8, 3), torch.randn(8, 2))]
         >>> optimizer = fishkern.create_fish_optimizer(
-        ...     model, batches, density=0.5, lr=1e-3, num_samples=8, loss_fn=loss_fn, progress=False)
+        ...     model, batches, density=0.5, lr=1e-3, num_samples=8, loss_fn=loss_fn,
+        ...     progress=False)
         >>> optimizer.mask.num_selected
         4
     """
@@ -163,7 +163,7 @@ def _warm_up(
     try:
         batches = supply.endless()
         for _ in tqdm(range(steps), desc="Warm-up", unit="step", disable=not progress):
-            loss_fn(model, next(batches)).mean().backward()  # type: ignore[no-untyped-call]
+            loss_fn(model, next(batches)).mean().backward()
             optimizer.step()
             optimizer.zero_grad()
     finally:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor
-
-Batch = TypeVar("Batch")
 
 
 def can_slice(batch: Any) -> bool:
@@ -33,7 +31,7 @@ def count(batch: Mapping[str, Any]) -> int:
     return len(tensors[0])
 
 
-def take(batch: Batch, start: int, stop: int, num_samples: int) -> Batch:
+def take(batch: Any, start: int, stop: int, num_samples: int) -> Any:
     """Samples ``start`` to ``stop`` of a batch that holds ``num_samples``.
 
     Tensors and lists with ``num_samples`` entries are cut; everything else (a flag, position ids
@@ -47,11 +45,11 @@ def take(batch: Batch, start: int, stop: int, num_samples: int) -> Batch:
     if isinstance(batch, tuple):
         parts = [take(value, start, stop, num_samples) for value in batch]
         named = hasattr(batch, "_fields")
-        return type(batch)(*parts) if named else type(batch)(parts)  # type: ignore[return-value]
+        return type(batch)(*parts) if named else type(batch)(parts)
     if isinstance(batch, list):
         if len(batch) == num_samples and not any(isinstance(value, Tensor) for value in batch):
-            return batch[start:stop]  # type: ignore[return-value]
-        return [take(value, start, stop, num_samples) for value in batch]  # type: ignore[return-value]
+            return batch[start:stop]
+        return [take(value, start, stop, num_samples) for value in batch]
     return batch
 
 

@@ -38,7 +38,9 @@ class _Intercepted(torch.autograd.Function):
     """``y = rule.forward(params, x)``; inputs: x, the module's tensors, the anchors."""
 
     @staticmethod
-    def forward(ctx: Any, site: Site, local: tuple[str, ...], x: Tensor, *tensors: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, site: Site, local: tuple[str, ...], x: Tensor, *tensors: Tensor
+    ) -> Tensor:
         ctx.site, ctx.local, ctx.x_dtype = site, local, x.dtype
         ctx.num_anchors = len(tensors) - len(local)
         ctx.set_materialize_grads(False)
@@ -87,18 +89,20 @@ def original_class(module: nn.Module) -> type[nn.Module]:
     return cls
 
 
-def exchange_class(module: nn.Module, members: Callable[[type[nn.Module]], dict[str, Any]]) -> None:
+Members = Callable[[type[nn.Module]], dict[str, Any]]
+
+
+def exchange_class(module: nn.Module, members: Members) -> None:
     """Give the module a subclass of its class with the members that ``members(cls)`` returns."""
-    module.__class__ = subclass(original_class(module), members)
+    cls: Any = original_class(module)
+    module.__class__ = subclass(cls, members)
 
 
 @functools.cache
-def subclass(
-    cls: type[nn.Module], members: Callable[[type[nn.Module]], dict[str, Any]]
-) -> type[nn.Module]:
+def subclass(cls: type, members: Members) -> type[nn.Module]:
     """A subclass that passes for the class itself; the same one for the same members."""
-    identity = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    return type(cls.__name__, (cls,), {**identity, "_fishkern_original": cls, **members(cls)})
+    same = {key: getattr(cls, key) for key in ("__module__", "__qualname__", "__doc__")}
+    return type(cls.__name__, (cls,), {**same, "_fishkern_original": cls, **members(cls)})
 
 
 def _forward_members(cls: type[nn.Module]) -> dict[str, Any]:
