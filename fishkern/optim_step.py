@@ -264,9 +264,14 @@ def moment_dtype(param: Tensor) -> torch.dtype:
 def _packed_counts(batch: Batch, states: list[dict[str, Any]]) -> Tensor:
     """The step counts as one tensor, of which each state's ``step`` is a view."""
     steps = [entry["step"] for entry in states]
-    if batch.counts is None or not all(map(is_, steps, batch.count_views)):
-        batch.counts = torch.stack([step.to(steps[0].device, torch.float32) for step in steps])
-        batch.count_views = list(batch.counts.unbind())
+    counts = batch.counts
+    if (
+        counts is None
+        or not all(map(is_, steps, batch.count_views))
+        or steps[0].data_ptr() != counts.data_ptr()  # moved by `step.data = ...`
+    ):
+        counts = torch.stack([step.to(steps[0].device, torch.float32) for step in steps])
+        batch.counts, batch.count_views = counts, list(counts.unbind())
         for entry, view in zip(states, batch.count_views, strict=True):
             entry["step"] = view
-    return batch.counts
+    return counts

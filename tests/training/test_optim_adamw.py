@@ -154,3 +154,12 @@ def test_parameters_without_gradient_wait():
         steps = [optimizer.state[param]["step"].item() for param in model.parameters()]
         assert steps == [40.0] * 6
     assert_tracks(*models)
+
+
+def test_a_checkpoint_of_adam_is_continued_as_adamw():
+    model = make_model()
+    before = torch.optim.Adam(model.parameters())
+    train(model, before, steps=2)
+    after = FishSparseAdamW(model.parameters())
+    after.load_state_dict(before.state_dict())
+    assert after.param_groups[0]["decoupled_weight_decay"]

@@ -80,7 +80,7 @@ def test_exchanged_parameters_keep_names_mask_and_moments():
     assert set(optimizer.state) == set(model.parameters())
 
 
-@pytest.mark.parametrize("how", ["in_place", "entries", "whole"])
+@pytest.mark.parametrize("how", ["in_place", "entries", "whole", "data"])
 def test_exchanged_state_tensors_are_the_ones_that_are_used(how):
     (model, optimizer), (other, untouched) = twins()
     train(model, optimizer, 2)
@@ -90,6 +90,10 @@ def test_exchanged_state_tensors_are_the_ones_that_are_used(how):
         for param, entry in optimizer.state.items():
             for key in entry:
                 entry[key] = moved[param][key]
+    elif how == "data":
+        for param, entry in optimizer.state.items():
+            for key in entry:
+                entry[key].data = moved[param][key]
     elif how == "entries":
         for param in moved:
             optimizer.state[param] = moved[param]
@@ -101,6 +105,7 @@ def test_exchanged_state_tensors_are_the_ones_that_are_used(how):
     for param, entry in moved.items():
         assert torch.equal(entry["exp_avg"], optimizer.state[param]["exp_avg"])
         assert optimizer.state[param]["step"] == 5
+        assert optimizer.state_dict()["state"][0]["step"] == 5
 
 
 def test_a_removed_group_and_changed_options_take_effect():
