@@ -5,7 +5,8 @@
 
 STABLE_TORCH_LIBRARY(fishkern_native, m) {
   m.def(
-      "linear_fisher_(Tensor(a!) fisher, Tensor x, Tensor grad_out, *, Tensor(b!)? bias_fisher=None, "
+      "linear_fisher_(Tensor(a!) fisher, Tensor x, Tensor grad_out, *, Tensor(b!)? "
+      "bias_fisher=None, "
       "Tensor(c!)? sample_scores=None, Tensor? mask=None) -> ()");
   m.def("topk_indices(Tensor[] scores, SymInt k) -> Tensor[]");
   m.def(

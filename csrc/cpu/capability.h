@@ -16,15 +16,24 @@ Capability capability();
 #if defined(__x86_64__)
 // Declares the same functions in the namespace of every instruction set.
 #define FISHKERN_DECLARE_FOR_EACH_ISA(...) \
-  namespace baseline { __VA_ARGS__ }       \
-  namespace avx2 { __VA_ARGS__ }           \
-  namespace avx512 { __VA_ARGS__ }
+  namespace baseline {                     \
+  __VA_ARGS__                              \
+  }                                        \
+  namespace avx2 {                         \
+  __VA_ARGS__                              \
+  }                                        \
+  namespace avx512 {                       \
+  __VA_ARGS__                              \
+  }
 // The one of them that this machine runs, as a function pointer.
-#define FISHKERN_FOR_THIS_CPU(function)                                              \
-  (::fishkern::capability() == ::fishkern::Capability::avx512 ? &avx512::function    \
-       : ::fishkern::capability() == ::fishkern::Capability::avx2 ? &avx2::function  \
-                                                                  : &baseline::function)
+#define FISHKERN_FOR_THIS_CPU(function)                                           \
+  (::fishkern::capability() == ::fishkern::Capability::avx512 ? &avx512::function \
+   : ::fishkern::capability() == ::fishkern::Capability::avx2 ? &avx2::function   \
+                                                              : &baseline::function)
 #else
-#define FISHKERN_DECLARE_FOR_EACH_ISA(...) namespace baseline { __VA_ARGS__ }
+#define FISHKERN_DECLARE_FOR_EACH_ISA(...) \
+  namespace baseline {                     \
+  __VA_ARGS__                              \
+  }
 #define FISHKERN_FOR_THIS_CPU(function) (&baseline::function)
 #endif

@@ -6,6 +6,8 @@
 // threads share is a sum of integers or has its place fixed beforehand: the result does not
 // depend on their number.
 
+#include "cpu/simd/topk.h"
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -16,8 +18,6 @@
 #include <mutex>
 #include <optional>
 #include <vector>
-
-#include "cpu/simd/topk.h"
 
 namespace fishkern::topk {
 namespace {
@@ -57,13 +57,17 @@ class View {
       offset += position[d] * strides_[d];
     }
     buffer.resize(size);
-    for (float& value : buffer) {
-      value = data_[offset];
-      for (size_t d = sizes_.size(); d-- > 0;) {  // step to the next position, as an odometer does
-        offset += strides_[d];
-        if (++position[d] < sizes_[d]) break;
-        offset -= position[d] * strides_[d];
+    const size_t last = sizes_.size() - 1;
+    for (int64_t i = 0; i < size;) {
+      const int64_t run = std::min(size - i, sizes_[last] - position[last]);
+      for (int64_t j = 0; j < run; ++j) buffer[i + j] = data_[offset + j * strides_[last]];
+      i += run;
+      offset += run * strides_[last];
+      position[last] += run;
+      for (size_t d = last; d > 0 && position[d] == sizes_[d]; --d) {  // carry
+        offset += strides_[d - 1] - sizes_[d] * strides_[d];
         position[d] = 0;
+        ++position[d - 1];
       }
     }
     return buffer.data();
@@ -114,16 +118,17 @@ struct Scores {
 };
 
 using Histogram = std::vector<int64_t>;
+using Pass = decltype(&baseline::histogram_high);
 
-// Adds up what fill(data, size, histograms) counts in each chunk.
-template <typename Fill>
-Histogram histogram(Scores& scores, Fill fill) {
+// One histogram of all chunks.
+Histogram histogram(Scores& scores, Pass pass, uint32_t argument) {
   Histogram total(kBins);
   std::mutex mutex;
   scores.split([&](int64_t begin, int64_t end) {
     Histogram own(kHistograms * kBins);
-    scores.read(begin, end,
-                [&](const float* data, Chunk& chunk) { fill(data, chunk.size, own.data()); });
+    scores.read(begin, end, [&](const float* data, Chunk& chunk) {
+      pass(data, chunk.size, argument, own.data());
+    });
     const std::lock_guard<std::mutex> lock(mutex);
     for (int64_t i = 0; i < kHistograms * kBins; ++i) total[i % kBins] += own[i];
   });
@@ -166,17 +171,12 @@ uint32_t guess_floor(const Scores& scores, int64_t k) {
 
 // The key of the k-th largest score, k >= 1.
 uint32_t find_threshold(Scores& scores, int64_t k) {
-  const auto high_pass = FISHKERN_FOR_THIS_CPU(histogram_high);
-  const auto low_pass = FISHKERN_FOR_THIS_CPU(histogram_low);
   std::optional<Place> high;
   for (uint32_t floor = guess_floor(scores, k); !high; floor = 0) {
-    high = find(histogram(scores, [&](const float* data, int64_t n, int64_t* histograms) {
-                  high_pass(data, n, floor, histograms);
-                }), k);
+    high = find(histogram(scores, FISHKERN_FOR_THIS_CPU(histogram_high), floor), k);
   }
-  const auto low = find(histogram(scores, [&](const float* data, int64_t n, int64_t* histograms) {
-                          low_pass(data, n, high->bin, histograms);
-                        }), high->rank);
+  const auto low =
+      find(histogram(scores, FISHKERN_FOR_THIS_CPU(histogram_low), high->bin), high->rank);
   return high->bin << 16 | low->bin;
 }
 

@@ -117,6 +117,17 @@ def test_topk_indices_does_not_depend_on_threads():
     assert torch.equal(results[0], results[2])
 
 
+@pytest.mark.slow
+def test_topk_indices_beyond_32_bits(backend):
+    if backend == "reference":
+        pytest.skip("sorts a copy: needs 60 GB")
+    rows, columns = 2**16, 2**15 + 1
+    memory = torch.zeros(rows + columns - 1)  # element [i, j] is memory[i + j]
+    memory[-1], memory[0] = 2.0, 1.0
+    scores = memory.as_strided((rows, columns), (1, 1))
+    assert topk_indices([scores], 2)[0].tolist() == [0, rows * columns - 1]
+
+
 def test_topk_indices_leaves_the_scores_alone():
     scores = torch.randn(1000)
     before = scores.clone()

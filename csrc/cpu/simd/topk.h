@@ -36,7 +36,6 @@ FISHKERN_DECLARE_FOR_EACH_ISA(
     // Writes position + i, in order, for every key above the threshold and for the first `ties`
     // of those equal to it.
     void write(const float* scores, int64_t n, uint32_t threshold, int64_t ties, int64_t position,
-               int64_t* out);
-)
+               int64_t* out);)
 
 }  // namespace fishkern::topk
