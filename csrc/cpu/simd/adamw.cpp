@@ -189,30 +189,19 @@ void write(const float* from, void* data, Dtype dtype, Positions where, int64_t 
   });
 }
 
-// Entries up to `end` of parameter and gradient, from the same positions. The lines of every
-// kEvery-th later entry are asked for ahead of its use. Returns where it stopped.
-template <int64_t kEvery, class Param, class Grad, class Index>
-int64_t gather_ahead(float* p, const Param* param, float* g, const Grad* grad, const Index* at,
-                     int64_t end) {
-  int64_t i = 0;
-  for (; i + kEvery <= end; i += kEvery) {
-    __builtin_prefetch(param + at[i + kAhead]);
-    __builtin_prefetch(grad + at[i + kAhead]);
-    for (int64_t j = i; j < i + kEvery; ++j) {
-      p[j] = widen(param[at[j]]);
-      g[j] = widen(grad[at[j]]);
-    }
-  }
-  return i;
-}
-
+// Parameter and gradient from the same positions; the lines of later entries are asked for ahead
+// of their use, except where they lie so close that the processor sees a plain stream.
 template <class Param, class Grad, class Index>
 void gather_both(float* p, const Param* param, float* g, const Grad* grad, const Index* at,
                  int64_t n, int64_t left) {
-  const bool crowded = at[n - 1] - at[0] < 4 * n;  // four or more to a cache line
-  const int64_t end = smaller(n, left - kAhead);
-  int64_t i = crowded ? gather_ahead<4>(p, param, g, grad, at, end)
-                      : gather_ahead<1>(p, param, g, grad, at, end);
+  const bool stream = at[n - 1] - at[0] < 4 * n;
+  int64_t i = 0;
+  for (const int64_t end = stream ? 0 : smaller(n, left - kAhead); i < end; ++i) {
+    __builtin_prefetch(param + at[i + kAhead]);
+    __builtin_prefetch(grad + at[i + kAhead]);
+    p[i] = widen(param[at[i]]);
+    g[i] = widen(grad[at[i]]);
+  }
   for (; i < n; ++i) {
     p[i] = widen(param[at[i]]);
     g[i] = widen(grad[at[i]]);
