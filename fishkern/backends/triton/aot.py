@@ -61,7 +61,9 @@ def variants(quick: bool = False) -> Iterator[tuple[str, Launch]]:
             yield _fisher(size_o, size_i, 16, dtype, dtype)
     for dtype in (bf16, f16, f32):
         yield _fisher(4096, 4096, 1, dtype, dtype, bias=True)
-        yield _fisher(4096, 4096, 32, dtype, dtype, bias=True)
+        yield _fisher(4096, 4096, 32, dtype, dtype)
+        yield _fisher(4096, 4096, 512, dtype, dtype, bias=True)
+        yield _fisher(4096, 4096, 16, dtype, dtype, bias=True)
         yield _fisher(4095, 4093, 512, dtype, dtype, bias=True, scores=True)
         yield _fisher(2, 384, 512, dtype, dtype, bias=True)
         yield _fisher(50257, 768, 512, dtype, dtype)
@@ -236,11 +238,18 @@ def _cuobjdump() -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Compile, print one line per variant and architecture, and count the failures."""
-    parser = argparse.ArgumentParser(prog="python -m fishkern.backends.triton.aot",
-                                     description="Compile every Triton kernel without a GPU.")
+    parser = argparse.ArgumentParser(
+        prog="python -m fishkern.backends.triton.aot",
+        description="Compile every Triton kernel without a GPU.",
+    )
     parser.add_argument("--quick", action="store_true", help="three variants only")
-    parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES,
-                        help="compute capabilities, 80 90 100 120 (default: 80 90)")
+    parser.add_argument(
+        "--arch",
+        type=int,
+        nargs="+",
+        default=ARCHITECTURES,
+        help="compute capabilities, 80 90 100 120 (default: 80 90)",
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
     options = parser.parse_args(arguments)
     if INTERPRETED:

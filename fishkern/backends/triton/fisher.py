@@ -68,9 +68,8 @@ def choose_config(
         short //= 2
     sides = (short, long) if size_o < size_i else (long, short)
     step = min(longest_step, max(16, triton.next_power_of_2(num_tokens)))
-    num_warps = 8 if long * short >= 128 * 64 else 4
-    num_stages = 2 if simple and narrow >= longest else 3  # a third would spill a register
-    return Config(*sides, step, num_warps, num_stages)
+    num_warps = 8 if long * short >= (64 * 64 if simple else 128 * 64) else 4
+    return Config(*sides, step, num_warps, num_stages=3)
 
 
 def choose_splits(num_tiles: int, num_samples: int, config: Config, device: torch.device) -> int:
@@ -163,8 +162,11 @@ def _linear_fisher_kernel(
     samples as tokens, to be multiplied all at once.
     """
     split = tl.program_id(1).to(tl.int64)
-    first = split * samples_per_split
-    last = tl.minimum(first + samples_per_split, num_samples)
+    if SQUARE_FIRST:
+        first, last = 0, 1
+    else:
+        first = split * samples_per_split
+        last = tl.minimum(first + samples_per_split, num_samples)
     tile = tl.program_id(0)
     tiles_o = tl.cdiv(size_o, BLOCK_O)
     tiles_i = tl.cdiv(size_i, BLOCK_I)
