@@ -20,8 +20,9 @@ def linear_fisher_(
     that the extra memory is one ``[O, I]`` buffer. Everything is computed in ``fisher.dtype``.
     """
     num_samples, dtype = x.shape[0], fisher.dtype
-    x = x.reshape(num_samples, -1, x.shape[-1])
-    grad_out = grad_out.reshape(num_samples, -1, grad_out.shape[-1])
+    num_tokens = x.shape[1:-1].numel()  # not -1: a size may be 0
+    x = x.reshape(num_samples, num_tokens, x.shape[-1])
+    grad_out = grad_out.reshape(num_samples, num_tokens, grad_out.shape[-1])
     for n in range(num_samples):
         g = grad_out[n].to(dtype)
         square = (g.T @ x[n].to(dtype)).square_()
