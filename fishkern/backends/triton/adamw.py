@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -18,13 +18,12 @@ from torch import Tensor
 
 from fishkern.backends.triton.launch import Launch, num_multiprocessors, run
 
-TRITON_DTYPES = {
+FLOAT_DTYPES = {
     torch.float32: tl.float32,
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
-    torch.int32: tl.int32,
-    torch.int64: tl.int64,
 }
+INDEX_DTYPES = {torch.int32: tl.int32, torch.int64: tl.int64}
 BLOCK = 1024  # entries that a program updates at a time
 PROGRAMS_PER_MULTIPROCESSOR = 32
 
@@ -46,15 +45,15 @@ def _one_minus_power(log_base, exponent):
 
 
 @triton.jit
-def _round_to(x, DTYPE: tl.constexpr):
-    """Float32 to ``DTYPE``, to nearest, ties to even."""
-    if DTYPE == tl.bfloat16:  # spelled out because the interpreter would truncate
+def _round_to(x, dtype: tl.constexpr):
+    """Float32 to ``dtype``, to nearest, ties to even."""
+    if dtype == tl.bfloat16:  # spelled out because the interpreter would truncate
         bits = x.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         rounded = tl.where(x == x, rounded, 0x7FC0)  # a NaN's bits could round to infinity's
         result = rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
     else:
-        result = x.to(DTYPE)
+        result = x.to(dtype)
     return result
 
 
@@ -103,7 +102,7 @@ def _masked_adamw_kernel(
     ``scalars_ptr`` holds the learning rate and then the step of every tensor in the lists.
     Computes in float32; parameters are touched at the selected positions only.
     """
-    if found_inf_ptr is not None:
+    if found_inf_ptr is not None:  # noqa: SIM102 (decided when compiling)
         if tl.load(found_inf_ptr) != 0.0:
             return
     program = tl.program_id(0)
@@ -212,14 +211,14 @@ def masked_adamw_(
     home = steps.device if steps.device.type != "cpu" else lr.device
     scalars = torch.cat([t.to(home, torch.float32).view(-1) for t in (lr, steps)])
     has_masters, amsgrad = len(masters) > 0, len(max_exp_avg_sqs) > 0
-    rows: dict[Kind, list[tuple[int, ...]]] = {}
+    rows: dict[tuple[Any, ...], list[tuple[int, ...]]] = {}
     for i, (param, grad, index, m, v) in enumerate(
         zip(flat, grads, indices, exp_avgs, exp_avg_sqs, strict=True)
     ):
         count, whole = m.numel(), index.numel() == 0
         if count == 0:
             continue
-        kind = Kind(
+        kind = (
             param.device,
             param.dtype,
             grad.dtype,
@@ -233,7 +232,8 @@ def masked_adamw_(
         addresses.append(masters[i].data_ptr() if has_masters else 0)
         rows.setdefault(kind, []).append((*addresses, count, i))
 
-    for kind, kind_rows in rows.items():
+    for fields, kind_rows in rows.items():
+        kind = Kind(*fields)
         tables = _tables(kind.device, tuple(kind_rows))
         args = {
             "table_ptr": tables.table,
@@ -252,9 +252,9 @@ def masked_adamw_(
             "log_beta2": math.log(beta2) if beta2 else -math.inf,
             "eps": eps,
             "weight_decay": weight_decay,
-            "PARAM_DTYPE": TRITON_DTYPES[kind.param_dtype],
-            "GRAD_DTYPE": TRITON_DTYPES[kind.grad_dtype],
-            "INDEX_DTYPE": TRITON_DTYPES[kind.index_dtype],
+            "PARAM_DTYPE": FLOAT_DTYPES[kind.param_dtype],
+            "GRAD_DTYPE": FLOAT_DTYPES[kind.grad_dtype],
+            "INDEX_DTYPE": INDEX_DTYPES[kind.index_dtype],
             "WHOLE": kind.whole,
             "GRAD_SELECTED": kind.grad_selected,
             "HAS_MASTER": kind.has_master,
@@ -322,18 +322,18 @@ def _check(
     params: Sequence[Tensor], grads: Sequence[Tensor], states: dict[str, Sequence[Tensor]]
 ) -> None:
     for name, tensors in (("params", params), ("grads", grads)):
-        for i, tensor in enumerate(tensors):
-            if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        for dtype in {t.dtype for t in tensors}:
+            if dtype not in FLOAT_DTYPES:
                 raise TypeError(
-                    f"{name}[{i}] has dtype {tensor.dtype}: the triton backend takes float32, "
+                    f"{name} has a tensor of dtype {dtype}: the triton backend takes float32, "
                     f'bfloat16 and float16; use_backend("reference") runs every dtype'
                 )
     for name, tensors in states.items():
-        for i, tensor in enumerate(tensors):
-            if tensor.dtype != torch.float32:
+        for dtype in {t.dtype for t in tensors}:
+            if dtype != torch.float32:
                 raise TypeError(
-                    f"{name}[{i}] has dtype {tensor.dtype}: the triton backend keeps float32; "
+                    f"{name} has a tensor of dtype {dtype}: the triton backend keeps float32; "
                     f'use_backend("reference") runs every dtype'
                 )
-            if not tensor.is_contiguous():
-                raise ValueError(f"{name}[{i}] is not contiguous: pass a contiguous tensor")
+        if not all(map(Tensor.is_contiguous, tensors)):
+            raise ValueError(f"{name} has a tensor that is not contiguous: pass contiguous ones")

@@ -170,7 +170,7 @@ def _linear_fisher_kernel(
     tile = tl.program_id(0)
     tiles_o = tl.cdiv(size_o, BLOCK_O)
     tiles_i = tl.cdiv(size_i, BLOCK_I)
-    if bias_ptr is not None:
+    if bias_ptr is not None:  # noqa: SIM102 (decided when compiling)
         if tile >= tiles_o * tiles_i:
             bias_o = (tile - tiles_o * tiles_i).to(tl.int64) * BLOCK_O + tl.arange(0, BLOCK_O)
             _bias_tile(
