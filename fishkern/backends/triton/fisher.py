@@ -58,7 +58,7 @@ def choose_config(
     * Few tokens take a short loop step, at least the 16 that the hardware multiplies at once.
 
     Every choice stays under the 99 KiB of shared memory that all GPUs since Ampere have, and
-    none spills registers: ``aot.py`` checks both.
+    none spills registers on sm_80 and sm_90: ``aot.py`` checks both.
     """
     narrow = max(16, triton.next_power_of_2(min(size_o, size_i)))
     simple = dtype == torch.float32 or not regular
