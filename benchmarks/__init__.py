@@ -1,0 +1,1 @@
+"""Benchmarks: speed and memory against peers, each gated by its correctness."""

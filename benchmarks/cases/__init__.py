@@ -1,0 +1,7 @@
+"""All cases, by name."""
+
+from benchmarks.cases.optimizer_step import OptimizerStep
+from benchmarks.cases.scoring import Scoring
+from benchmarks.cases.topk import TopK
+
+CASES = {case.name: case for case in (Scoring(), OptimizerStep(), TopK())}

@@ -1,0 +1,145 @@
+"""``FishSparseAdamW.step()`` against torch's AdamW, and against the bytes that it has to move."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+import torch
+
+import fishkern
+from benchmarks import peers
+from benchmarks.harness import Case, Config, Run, Target, Times, Wrong, check_error, median_ratio
+from benchmarks.steps import LINE, Optimizer, Problem, held_bytes, lines_touched, step_problem
+from fishkern.functional import masked_adamw_
+
+FISHKERN, FUSED, FOREACH, COPY = "fishkern", "AdamW(fused)", "AdamW(foreach)", "copy"
+ADAMW = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
+COPY_BYTES = 2**27  # read and written once: more than any cache holds
+
+
+def stepping(build: Optimizer) -> Callable[[Problem], Run]:
+    """The contender that steps with this optimizer."""
+
+    def contender(problem: Problem) -> Run:
+        return build(problem.copy()).step
+
+    return contender
+
+
+def fishkern_optimizer(problem: Problem) -> torch.optim.Optimizer:
+    return fishkern.FishSparseAdamW(problem.params.items(), mask=problem.mask, **ADAMW)
+
+
+def copying(problem: Problem) -> Run:
+    """What the machine moves at best, with as many threads."""
+    device = next(iter(problem.params.values())).device
+    source = torch.ones(COPY_BYTES // 8, device=device)
+    target = torch.zeros_like(source)
+    return lambda: target.copy_(source)
+
+
+OPTIMIZERS: dict[str, Optimizer] = {
+    FISHKERN: fishkern_optimizer,
+    FUSED: lambda problem: peers.adamw(fused=True)(problem.params),
+    FOREACH: lambda problem: peers.adamw(foreach=True)(problem.params),
+}
+
+
+def _target(what: str, model: str, density: float, metric: str, bound: float) -> Target:
+    where = {"model": model, "density": density, "mask": "uniform"}
+    text = f"step, {model}, density {density}: {what}"
+    return Target(text, where, FISHKERN, metric, bound, at_least=not metric.startswith("bytes"))
+
+
+class OptimizerStep(Case):
+    """Steps of all tensors of a model, with the gradients lying there, one after the other."""
+
+    name = "optimizer_step"
+    baselines = (FUSED, FOREACH)
+    min_rounds = 15
+    contenders: ClassVar = {
+        **{name: stepping(build) for name, build in OPTIMIZERS.items()},
+        COPY: copying,
+    }
+    targets = (
+        _target("times faster than fused", "bert-base-lora", 0.1, f"speedup:{FUSED}", 4),
+        _target("times faster than fused", "bert-base-lora", 0.5, f"speedup:{FUSED}", 1.2),
+        _target("times faster than fused", "minilm", 0.005, f"speedup:{FUSED}", 8),
+        _target("times faster than fused", "minilm", 0.1, f"speedup:{FUSED}", 1.7),
+        _target("share of the byte floor", "minilm", 0.005, "floor_share", 0.3),
+        _target("share of the byte floor", "minilm", 0.1, "floor_share", 0.6),
+        _target("bytes held per selected entry", "minilm", 0.1, "bytes_per_entry", 12),
+    )
+
+    def sweep(self, suite: str, device: str) -> list[Config]:
+        points = [("bert-base-lora", (0.1, 0.5)), ("minilm", (0.005, 0.1))]
+        if suite == "tiny":
+            points = [("tiny", (0.1,))]
+        sweep = [
+            {"model": model, "density": density, "mask": "uniform", "dtype": "float32"}
+            for model, densities in points
+            for density in densities
+        ]
+        if suite != "tiny":
+            sweep.append({**sweep[2], "mask": "fisher"})
+        return [*sweep, {**sweep[-1], "density": 0.1}] if suite == "full" else sweep
+
+    def setup(self, config: Config, device: str) -> Problem:
+        return step_problem(config, device)
+
+    def gate(self, config: Config, device: str, contender: str) -> None:
+        """Three steps against the reference in float64; outside the mask not one bit changes."""
+        if contender == COPY:
+            return
+        problem = self.setup(config, device).copy()
+        before = {name: p.detach().clone() for name, p in problem.params.items()}
+        optimizer = OPTIMIZERS[contender](problem)
+        masked = contender == FISHKERN
+        chosen = {
+            name: problem.mask[name].long() if masked else torch.arange(p.numel(), device=p.device)
+            for name, p in problem.params.items()
+        }
+        truth = {name: p.detach().double() for name, p in before.items()}
+        moments = [[torch.zeros(len(i), device=i.device).double() for i in chosen.values()]
+                   for _ in range(2)]  # fmt: skip
+        grads = [problem.params[name].grad.double() for name in truth]
+        for step in range(1, 4):
+            optimizer.step()
+            with fishkern.use_backend("reference"):
+                masked_adamw_(
+                    list(truth.values()), grads, list(chosen.values()), *moments,
+                    steps=[step] * len(truth), **ADAMW,
+                )  # fmt: skip
+        for name, index in chosen.items():
+            found = problem.params[name].detach()
+            check_error(found, truth[name], 1e-6, name)
+            outside = torch.ones(found.numel(), dtype=torch.bool, device=found.device)
+            outside[index] = False
+            if not torch.equal(found.view(-1)[outside], before[name].view(-1)[outside]):
+                raise Wrong(f"{name}: an entry outside the mask has changed")
+
+    def metrics(
+        self, config: Config, workload: Any, times: Times
+    ) -> Iterator[tuple[str, str, float]]:
+        weights = sum(p.numel() for p in workload.params.values())
+        lines = sum(lines_touched(i) * LINE for i in workload.mask.values())
+        floors = dict.fromkeys((FUSED, FOREACH), 28.0 * weights)
+        floors[FISHKERN] = 12.0 * lines + 20 * workload.mask.num_selected
+        for name, floor in floors.items():
+            if name not in times:
+                continue
+            yield name, "floor_bytes", floor
+            if COPY in times:
+                yield name, "floor_share", floor / COPY_BYTES * median_ratio(times, COPY, name)
+            for baseline in self.baselines:
+                if name == FISHKERN and baseline in times:
+                    yield name, f"speedup:{baseline}", median_ratio(times, baseline, name)
+            held, entries = held_bytes(OPTIMIZERS[name], workload)
+            yield name, "persistent_bytes", float(held)
+            yield name, "bytes_per_entry", held / entries
+        if COPY in times:
+            yield COPY, "gb_per_s", COPY_BYTES / 1e9 / torch.tensor(times[COPY]).median().item()
+
+    def measures_memory(self, config: Config) -> bool:
+        return config["model"] == "minilm" and config["mask"] == "uniform"

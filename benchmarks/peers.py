@@ -1,0 +1,105 @@
+"""What fishkern is compared with: torch's own ways, and packages that may not be installed.
+
+A scoring contender takes a ``Work`` and returns the function to be measured; its result are the
+scores, by name. An optimizer contender makes an optimizer of named parameters.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+from benchmarks.harness import Missing, Run
+from benchmarks.workloads import Work
+
+VMAP_BYTES = 2**30  # per-sample gradients that may exist at once
+
+
+def ordinary_pass(work: Work) -> Run:
+    """One forward and backward of each batch, as in training: the floor of what scoring costs."""
+
+    def run() -> None:
+        for batch in work.batches:
+            _loss(work.model, batch).backward()
+            work.model.zero_grad(set_to_none=True)
+
+    return run
+
+
+def one_sample_loop(work: Work) -> Run:
+    """The papers' way: a backward pass for each sample, squared and added."""
+    candidates = work.candidates()
+
+    def run() -> dict[str, Tensor]:
+        scores = {name: torch.zeros_like(p) for name, p in candidates.items()}
+        for batch in work.batches:
+            for n in range(len(batch["labels"])):
+                loss = _loss(work.model, {key: value[n : n + 1] for key, value in batch.items()})
+                grads = torch.autograd.grad(loss, list(candidates.values()), allow_unused=True)
+                for score, g in zip(scores.values(), grads, strict=True):
+                    if g is not None:
+                        score.addcmul_(g, g)
+        return {name: score.div_(work.num_samples) for name, score in scores.items()}
+
+    return run
+
+
+def vmap_of_grad(work: Work) -> Run:
+    """torch.func: per-sample gradients of as many samples at once as memory allows.
+
+    With attention written out: the fused kernel has no rule for vmap, and would be looped over.
+    """
+    model = copy.deepcopy(work.model)
+    model.set_attn_implementation("eager")
+    params = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    chunk = max(1, VMAP_BYTES // sum(p.nbytes for p in params.values()))
+
+    def loss(params: dict[str, Tensor], sample: dict[str, Tensor]) -> Tensor:
+        inputs = {key: value[None] for key, value in sample.items()}
+        return _loss(_Functional(model, params), inputs)
+
+    per_sample = vmap(grad(loss), in_dims=(None, 0))
+
+    def run() -> dict[str, Tensor]:
+        scores = {name: torch.zeros_like(p) for name, p in params.items()}
+        for batch in work.batches:
+            for start in range(0, len(batch["labels"]), chunk):
+                part = {key: value[start : start + chunk] for key, value in batch.items()}
+                for name, g in per_sample(params, part).items():
+                    scores[name] += g.square_().sum(0)
+        return {name: score.div_(work.num_samples) for name, score in scores.items()}
+
+    return run
+
+
+class _Functional:
+    """A model called with other values for its parameters."""
+
+    def __init__(self, model: nn.Module, params: dict[str, Tensor]) -> None:
+        self.model, self.params = model, params
+
+    def __call__(self, **inputs: Tensor) -> Any:
+        return functional_call(self.model, self.params, kwargs=inputs)
+
+
+def _loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    logits = model(input_ids=batch["input_ids"]).logits
+    return F.cross_entropy(logits.float(), batch["labels"], reduction="sum")
+
+
+def adamw(**flags: bool) -> Callable[[dict[str, nn.Parameter]], torch.optim.Optimizer]:
+    """torch.optim.AdamW on every weight, with flags such as ``fused=True``."""
+
+    def build(params: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
+        try:
+            return torch.optim.AdamW(params.items(), lr=1e-3, weight_decay=1e-2, **flags)
+        except (RuntimeError, ValueError) as error:
+            raise Missing(f"AdamW({flags}): {error}") from error
+
+    return build

@@ -1,0 +1,102 @@
+"""What an optimizer steps on: a model's tensors with gradients and a mask; and what it keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fishkern
+from benchmarks import workloads
+from benchmarks.harness import Config
+
+LINE = 16  # float32 values in a cache line
+
+
+@dataclass
+class Problem:
+    """Parameters with gradients, by name, and which of their entries are selected."""
+
+    params: dict[str, nn.Parameter]
+    mask: fishkern.SparseMask
+
+    def copy(self) -> Problem:
+        """The same for each contender, in memory of its own."""
+        copies = {}
+        for name, param in self.params.items():
+            copies[name] = nn.Parameter(param.detach().clone())
+            copies[name].grad = param.grad.clone() if param.grad is not None else None
+        return Problem(copies, self.mask)
+
+
+Optimizer = Callable[[Problem], torch.optim.Optimizer]
+
+
+def step_problem(config: Config, device: str) -> Problem:
+    """``config``: model, density, mask ("uniform" or "fisher")."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    params = {}
+    for name, shape in shapes_of(config["model"]).items():
+        params[name] = nn.Parameter(draw(*shape).to(device))
+        params[name].grad = (0.01 * draw(*shape)).to(device)
+    if config["mask"] == "fisher":
+        scores = workloads.fisher_scores()
+        mask = fishkern.select(scores, density=config["density"])
+    else:
+        scores = {name: param.detach().cpu() for name, param in params.items()}
+        mask = fishkern.select(scores, density=config["density"], order="random", seed=0)
+    return Problem(params, mask.to(device))
+
+
+def shapes_of(model: str) -> dict[str, torch.Size]:
+    """Every tensor that is trained."""
+    if model == "bert-base-lora":
+        sides = {"A": torch.Size((8, 768)), "B": torch.Size((768, 8))}
+        places = [(layer, target, side) for layer in range(12) for target in "qv" for side in "AB"]
+        return {f"{layer}.{target}.{side}": sides[side] for layer, target, side in places}
+    if model == "tiny":
+        return {f"{i}.weight": torch.Size((16 + i, 24)) for i in range(4)}
+    encoder = workloads.encoder({"model": model})
+    return {name: param.shape for name, param in encoder.named_parameters()}
+
+
+def lines_touched(index: Tensor) -> int:
+    """How many cache lines of float32 values hold one of these ascending positions."""
+    return len(torch.unique_consecutive(index // LINE))
+
+
+def held_bytes(build: Optimizer, problem: Problem) -> tuple[int, int]:
+    """All that the optimizer keeps between steps, and how many entries it trains."""
+    problem = problem.copy()
+    optimizer = build(problem)
+    optimizer.step()
+    given = {id(t) for p in problem.params.values() for t in (p, p.grad)}
+    storages = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+        for t in _tensors(vars(optimizer), given)
+    }
+    trained = sum(entry["exp_avg"].numel() for entry in optimizer.state.values())
+    return sum(storages.values()), trained
+
+
+def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
+    """Every tensor that can be reached through containers and attributes."""
+    if id(value) in seen or isinstance(value, (str, bytes, int, float, type, Callable)):
+        return
+    seen.add(id(value))
+    if isinstance(value, Tensor):
+        yield value
+        return
+    parts = list(value.values()) if hasattr(value, "values") else []
+    parts += list(value) if isinstance(value, (list, tuple, set)) else []
+    parts += list(getattr(value, "__dict__", {}).values())
+    parts += [getattr(value, name, None) for name in getattr(value, "__slots__", ())]
+    for part in parts:
+        yield from _tensors(part, seen)
