@@ -3,8 +3,9 @@
 namespace fishkern::topk::FISHKERN_ISA {
 namespace {
 
-// Calls visit(i, key) for every key from low to high. Such keys are few: runs without any are
-// passed over by a loop that the compiler turns into vector instructions.
+// Calls visit(i, key) for every key from low to high. Such keys are mostly few: runs without any
+// are passed over by a loop that the compiler turns into vector instructions, and in the others
+// they are first set apart without branches, whose outcome could not be predicted.
 template <typename Visit>
 inline void for_each_between(const float* scores, int64_t n, uint32_t low, uint32_t high,
                              Visit visit) {
@@ -14,10 +15,15 @@ inline void for_each_between(const float* scores, int64_t n, uint32_t low, uint3
     uint32_t found = 0;
     for (int64_t i = 0; i < kRun; ++i) found += key(scores[begin + i]) - low <= high - low;
     if (found == 0) continue;
-    for (int64_t i = begin; i < begin + kRun; ++i) {
-      const uint32_t k = key(scores[i]);
-      if (k - low <= high - low) visit(i, k);
+    uint32_t keys[kRun];
+    int32_t places[kRun];
+    int32_t m = 0;
+    for (int32_t i = 0; i < kRun; ++i) {
+      keys[m] = key(scores[begin + i]);
+      places[m] = i;
+      m += keys[m] - low <= high - low;
     }
+    for (int32_t j = 0; j < m; ++j) visit(begin + places[j], keys[j]);
   }
   for (; begin < n; ++begin) {
     const uint32_t k = key(scores[begin]);
