@@ -74,4 +74,4 @@ def _commit() -> str:
         changed = git("status", "--porcelain", "--", "fishkern", "csrc", "benchmarks/*.py")
         return git("rev-parse", "--short", "HEAD") + ("-changed" if changed else "")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("GIT_COMMIT", "unknown")  # for copies without a repository

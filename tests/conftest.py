@@ -1,6 +1,7 @@
 """Fixtures: seeds, backends. Triton is interpreted where there is no CUDA device."""
 
 import os
+from contextlib import nullcontext
 
 import torch
 
@@ -20,9 +21,13 @@ def _seed():
 
 @pytest.fixture(params=_dispatch.BACKENDS)
 def backend(request):
-    """Run the test once on each backend; one that is missing is a skip that says why."""
+    """Run the test once on each backend; one that is missing is a skip that says why.
+
+    Where there is a CUDA device, the triton backend's tests make their tensors on it.
+    """
     reason = _dispatch.available()[request.param]
     if reason is not None:
         pytest.skip(f"{request.param}: {reason}")
-    with _dispatch.use_backend(request.param):
+    on_gpu = request.param == "triton" and torch.cuda.is_available()
+    with torch.device("cuda") if on_gpu else nullcontext(), _dispatch.use_backend(request.param):
         yield request.param

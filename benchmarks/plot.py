@@ -1,0 +1,173 @@
+"""``python -m benchmarks.plot``: the README's two pictures, from a machine's CSV.
+
+speed.svg: the time of a step and of scoring; memory.svg: what an optimizer keeps and scoring takes.
+Drawn from the latest rows, and none of another commit, device or number of threads than the last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.machine import RESULTS
+
+# Okabe and Ito's colours, which everyone can tell apart; fishkern is the dark one.
+COLOURS = {
+    "fishkern": "#0072B2",
+    "AdamW(fused)": "#E69F00",
+    "AdamW(foreach)": "#F0E442",
+    "ordinary pass": "#E69F00",
+    "torch.func vmap": "#CC79A7",
+    "one-sample loop": "#999999",
+}
+Row = dict[str, str]
+
+
+class Group(NamedTuple):
+    """Bars that are compared with each other: a label, and their heights by contender."""
+
+    label: str
+    bars: dict[str, float]
+
+
+# Which point of a case makes a group, and what it is called.
+STEP = {
+    "LoRA of BERT-base,\n10 % of it": {"model": "bert-base-lora", "density": "0.1"},
+    "LoRA of BERT-base,\n50 % of it": {"model": "bert-base-lora", "density": "0.5"},
+    "all of MiniLM,\n0.5 % of it": {"model": "minilm", "density": "0.005"},
+    "all of MiniLM,\n10 % of it": {"model": "minilm", "density": "0.1"},
+}
+SCORING = {
+    "LoRA of MiniLM": {"model": "minilm", "params": "lora"},
+    "linear layers": {"model": "minilm", "params": "linears"},
+    "every weight": {"model": "minilm", "params": "all"},
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.plot", description=__doc__)
+    parser.add_argument("csv", type=Path, help="benchmarks/results/<machine>.csv")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the pictures")
+    parser.add_argument("--format", choices=["svg", "png"], default="svg")
+    args = parser.parse_args(argv)
+    with args.csv.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    same = ("commit", "device", "threads")
+    rows = [row for row in rows if all(row[key] == rows[-1][key] for key in same)]
+    args.output.mkdir(parents=True, exist_ok=True)
+    for name, draw in (("speed", draw_speed), ("memory", draw_memory)):
+        path = args.output / f"{name}.{args.format}"
+        draw(rows, path)
+        print(path)
+    return 0
+
+
+def draw_speed(rows: Sequence[Row], path: Path) -> None:
+    """Two panels of medians: steps by AdamW(fused) = 1, scoring by an ordinary pass = 1."""
+    steps = list(groups(rows, "optimizer_step", "time_ms", STEP, "AdamW(fused)"))
+    scoring = list(groups(rows, "scoring", "time_ms", SCORING, "ordinary pass"))
+    figure, (left, right) = _figure(2)
+    _bars(left, steps, "optimizer step: time, AdamW(fused) = 1")
+    _bars(right, scoring, "scoring: time, a forward and backward pass = 1")
+    _finish(figure, rows, path)
+
+
+def draw_memory(rows: Sequence[Row], path: Path) -> None:
+    """MiB that the optimizer keeps between steps, and MiB that scoring takes at its peak."""
+    own = {label: where for label, where in STEP.items() if where["model"] == "minilm"}
+    kept = [
+        Group(label, {name: value / 2**20 for name, value in bars.items()})
+        for label, bars in groups(rows, "optimizer_step", "persistent_bytes", own)
+    ]
+    peaks = list(groups(rows, "scoring", "peak_mib", SCORING))
+    figure, (left, right) = _figure(2)
+    _bars(left, kept, "optimizer state and indices: MiB")
+    _bars(right, peaks, "scoring: peak extra MiB")
+    _finish(figure, rows, path)
+
+
+def groups(
+    rows: Sequence[Row],
+    case: str,
+    metric: str,
+    points: dict[str, dict[str, str]],
+    unit: str | None = None,
+) -> Iterator[Group]:
+    """The latest values of a metric at each point, divided by the contender ``unit``'s.
+
+    Where masks or dtypes differ, those of the targets count: uniform, float32.
+    """
+    for label, where in points.items():
+        bars: dict[str, float] = {}
+        for row in rows:  # in the order of time: later rows replace earlier ones
+            config = dict(part.split("=", 1) for part in row["config"].split())
+            fits = where.items() <= config.items() and row["metric"] == metric
+            usual = config.get("mask", "uniform") == "uniform" and config["dtype"] == "float32"
+            if row["case"] == case and row["contender"] in COLOURS and fits and usual:
+                bars[row["contender"]] = float(row["value"])
+        if unit is not None and unit in bars:
+            bars = {name: value / bars[unit] for name, value in bars.items()}
+        if bars:
+            yield Group(label, bars)
+
+
+def _figure(panels: int) -> Any:
+    import matplotlib  # optional: the extra "bench" installs it
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update(
+        {
+            "font.size": 9,
+            "svg.hashsalt": "fishkern",  # the same picture from the same rows, byte for byte
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.spines.left": False,
+            "axes.titlelocation": "left",
+            "axes.titlesize": 10,
+        }
+    )
+    return plt.subplots(1, panels, figsize=(5 * panels, 3.4), layout="constrained")
+
+
+def _bars(axes: Any, found: Sequence[Group], title: str) -> None:
+    """Grouped bars with their numbers; the axis is cut where one bar would dwarf the others."""
+    names = [name for name in COLOURS if any(name in group.bars for group in found)]
+    heights = sorted(value for group in found for value in group.bars.values())
+    width = 0.8 / max(len(names), 1)
+    for j, name in enumerate(names):
+        at = [i for i, group in enumerate(found) if name in group.bars]
+        values = [found[i].bars[name] for i in at]
+        places = [i + (j - (len(names) - 1) / 2) * width for i in at]
+        axes.bar(places, values, width * 0.92, color=COLOURS[name], label=name)
+        for place, value in zip(places, values, strict=True):
+            text = f"{value:.2f}" if value < 10 else f"{value:.0f}"
+            axes.annotate(text, (place, value), (0, 2), textcoords="offset points", ha="center",
+                          fontsize=7.5)  # fmt: skip
+    axes.set_title(title)
+    axes.set_xticks(range(len(found)), [group.label for group in found])
+    axes.tick_params(length=0)
+    axes.set_yticks([])
+    axes.set_ylim(0, heights[-1] * 1.25 if heights else 1)
+    if names:
+        axes.legend(frameon=False, fontsize=8, ncols=len(names), loc="upper left")
+
+
+def _finish(figure: Any, rows: Sequence[Row], path: Path) -> None:
+    last = rows[-1]
+    caption = (
+        f"{last['machine']}, {last['device']}, {last['threads']} thread(s), float32, "
+        f"torch {last['torch']}, fishkern {last['fishkern']} at {last['commit']}, "
+        f"{last['date'][:10]}; medians, less is better"
+    )
+    figure.supxlabel(caption, fontsize=7, color="#555555", x=0.01, ha="left")
+    metadata = {"Date": None} if path.suffix == ".svg" else None
+    figure.savefig(path, dpi=160, metadata=metadata)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
