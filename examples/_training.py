@@ -1,0 +1,178 @@
+"""The quickstart's training loop and stopwatch, the same for each of its methods."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+import torch
+from _data import Data, Example, shuffled
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils import logging
+
+import fishkern
+
+Batch = dict[str, Tensor]
+
+MAX_TOKENS = 64
+SCORED, LOOPED = 128, 8  # samples, to measure the time of scoring
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+logging.set_verbosity_error()  # it would report the head, which is new and has to be
+logging.disable_progress_bar()
+
+
+@dataclass
+class Run:
+    """One way of training, and what it cost."""
+
+    what: str
+    optimizer: str
+    lr: float
+    trained: int = 0  # weights, without the head's
+    head: int = 0
+    mask: fishkern.SparseMask | None = None
+    scoring_ms: float | None = None  # per sample
+    loop_ms: float | None = None  # per sample, by the one-sample loop
+    step_ms: list[float] = field(default_factory=list)  # forward, backward and optimizer
+    optimizer_ms: list[float] = field(default_factory=list)
+    bytes: int = 0  # of optimizer state, indices, and train_only's copies of the entries
+    curve: list[tuple[int, float]] = field(default_factory=list)  # (step, test accuracy)
+
+
+class Task:
+    """What all methods share: the model to start from, and the batches in their order."""
+
+    def __init__(self, data: Data, args: argparse.Namespace) -> None:
+        self.data, self.args = data, args
+        self.tokenizer = AutoTokenizer.from_pretrained(args.model)
+        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
+        train = data.train[: args.train_samples]
+        stream = shuffled(train, args.steps * args.batch_size, args.seed)
+        self.train = self.batches(stream, args.batch_size)
+        self.scored = self.train[: max(SCORED // args.batch_size, 1)]
+        self.single = self.batches(stream[:LOOPED], 1)
+        by_length = sorted(data.test, key=lambda example: len(str(example)))  # leaves little to pad
+        self.test = self.batches(by_length, 32)
+
+    def new_model(self) -> nn.Module:
+        """The pretrained model under a new head, which is the same each time."""
+        torch.manual_seed(self.args.seed)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            self.args.model, num_labels=len(self.data.labels)
+        )
+        model.config.pad_token_id = self.tokenizer.pad_token_id
+        return model.to(DEVICE)
+
+    def batches(self, examples: list[Example], size: int) -> list[Batch]:
+        """Each as long as its longest text."""
+        return [self._batch(examples[i : i + size]) for i in range(0, len(examples), size)]
+
+    def _batch(self, examples: list[Example]) -> Batch:
+        labels, texts = zip(*examples, strict=True)
+        columns = [list(column) for column in zip(*texts, strict=True)]
+        batch = self.tokenizer(
+            *columns, truncation=True, max_length=MAX_TOKENS, padding=True, return_tensors="pt"
+        )
+        batch["labels"] = torch.tensor([self.data.labels.index(label) for label in labels])
+        return dict(batch.to(DEVICE))
+
+
+def fit(run: Run, task: Task, model: nn.Module, optimizer: torch.optim.Optimizer) -> Run:
+    """An ordinary training loop: linear decay, and a look at the test set every now and then."""
+    steps = task.args.steps
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
+    torch.manual_seed(task.args.seed)
+    bar = tqdm(task.train, desc=run.what, unit="step")
+    for step, batch in enumerate(bar):
+        if step % max(steps // 5, 5) == 0:
+            run.curve.append((step, accuracy(model, task.test)))
+        model.train()
+        start = now()
+        loss = model(**batch).loss
+        loss.backward()
+        before_update = now()
+        optimizer.step()
+        end = now()
+        optimizer.zero_grad()
+        schedule.step()
+        run.step_ms.append(end - start)
+        run.optimizer_ms.append(end - before_update)
+        bar.set_postfix(loss=f"{loss.item():.2f}")
+    run.curve.append((steps, accuracy(model, task.test)))
+    count_costs(run, model, optimizer)
+    return run
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, batches: list[Batch]) -> float:
+    model.eval()
+    hits = [model(**batch).logits.argmax(-1) == batch["labels"] for batch in batches]
+    return torch.cat(hits).float().mean().item()
+
+
+def head_of(model: nn.Module) -> str:
+    """The glob of the new head's parameters."""
+    return "*score.*" if hasattr(model, "score") else "*classifier.*"
+
+
+def num_candidates(model: nn.Module) -> int:
+    """How many weights are trainable, the head's not among them."""
+    return sum(without_head(trainable_sizes(model), model).values())
+
+
+def trainable_sizes(model: nn.Module) -> dict[str, int]:
+    return {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def without_head(sizes: dict[str, int], model: nn.Module) -> dict[str, int]:
+    return {name: n for name, n in sizes.items() if not fnmatchcase(name, head_of(model))}
+
+
+def count_costs(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Count what was trained, and the bytes of all that is held for it beside the model."""
+    sizes = trainable_sizes(model)
+    held = [tensor for state in optimizer.state.values() for tensor in state.values()]
+    if isinstance(optimizer, fishkern.FishSparseAdamW):
+        run.mask = optimizer.mask
+        sizes = {name: len(indices) for name, indices in run.mask.items()}
+        held += run.mask.values()
+    if handle := fishkern.attached(model):
+        held += handle.parameters()
+    run.trained = sum(without_head(sizes, model).values())
+    run.head = sum(sizes.values()) - run.trained
+    run.bytes = sum(tensor.nbytes for tensor in held)
+
+
+def time_scoring(run: Run, task: Task, model: nn.Module) -> None:
+    """Milliseconds per sample: as fishkern scores, and as the one-sample loop does."""
+    fishkern.estimate_fisher(model, task.train[:1], progress=False)  # builds kernels if need be
+    start = now()
+    fisher = fishkern.estimate_fisher(model, task.scored, progress=False)
+    run.scoring_ms = (now() - start) / fisher.num_samples
+    start = now()
+    one_sample_loop(model, task.single)
+    run.loop_ms = (now() - start) / len(task.single)
+
+
+def one_sample_loop(model: nn.Module, samples: list[Batch]) -> dict[nn.Parameter, Tensor]:
+    """The Fisher information as it is usually computed: a backward pass for each sample."""
+    model.eval()
+    scores = {p: torch.zeros_like(p) for p in model.parameters() if p.requires_grad}
+    for sample in samples:
+        model(**sample).loss.backward()
+        for param, score in scores.items():
+            score += param.grad**2 / len(samples)
+            param.grad = None
+    return scores
+
+
+def now() -> float:
+    """Milliseconds."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return 1000 * time.perf_counter()
