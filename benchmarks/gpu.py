@@ -76,7 +76,9 @@ def dry_steps(folder: Path) -> Iterator[Step]:
     """The same on a CPU: kernels interpreted, the CPU in the GPU's place, results elsewhere."""
     env = {"TRITON_INTERPRET": "1", "FISHKERN_TEST_DEVICE": "cpu"}
     yield Step("environment", (PYTHON, "-m", "fishkern"))
-    yield Step("tests are found", (*PYTEST, "--collect-only", *OP_TESTS, "tests/gpu"), env=env)
+    yield Step(
+        "tests are found", (*PYTEST, "-q", "--collect-only", *OP_TESTS, "tests/gpu"), env=env
+    )
     yield Step("tests on the CPU", (*PYTEST, "tests/gpu"), env=env)
     bench = (PYTHON, "-m", "benchmarks.run", "--suite", "tiny", "--no-memory")
     yield Step("benchmarks", (*bench, "--results", str(folder)))

@@ -119,6 +119,18 @@ def timed(run: Run, device: str, repeats: int) -> float:
     return (time.perf_counter() - start) / repeats
 
 
+def host_metrics(runs: Mapping[str, Run], calls: int = 5) -> Iterator[tuple[str, str, float]]:
+    """On a GPU: the time until a call returns, with its work maybe only queued."""
+    for name, run in runs.items():
+        seconds = []
+        for _ in range(calls):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            run()
+            seconds.append(time.perf_counter() - start)
+        yield name, "host_ms", 1e3 * statistics.median(seconds)
+
+
 def synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
