@@ -134,6 +134,7 @@ class FisherAccumulator:
             elif self.complete.issuperset(together):
                 self._accumulate(together)
 
+    @torch.no_grad()  # also after the backward pass; x comes with the graph that made it
     def _accumulate(self, names: list[str]) -> None:
         """Join the uses of parameters that are used together, square, add."""
         uses = self.uses[names[0]]

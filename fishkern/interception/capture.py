@@ -50,7 +50,10 @@ class _Intercepted(torch.autograd.Function):
             x = x.to(torch.get_autocast_dtype(device))
         params = dict(zip(local, tensors, strict=False))
         ctx.save_for_backward(x, *params.values())
-        return site.rule.forward(params, x)
+        y = site.rule.forward(params, x)
+        # Autograd forbids changing a view in place where a custom function made it. The base of
+        # this one is a temporary that nobody else sees (F.linear flattens [N, T] for its product).
+        return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -141,7 +144,10 @@ def can_intercept(module: nn.Module) -> Rule | None:
     """The module's rule, if its forward is the one that the rule describes."""
     if "forward" in module.__dict__:  # somebody replaced this one module's forward
         return None
-    return rule_for(original_class(module))
+    rule = rule_for(original_class(module))
+    if rule is not None and not module._parameters.keys() >= set(rule.params):
+        return None  # made anew for each call, from others (weight_norm and pruning by hooks)
+    return rule
 
 
 @contextmanager
