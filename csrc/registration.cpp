@@ -14,4 +14,9 @@ STABLE_TORCH_LIBRARY(fishkern_native, m) {
       "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] masters, "
       "Tensor steps, Tensor lr, float beta1, float beta2, float eps, float weight_decay, "
       "bool maximize=False, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()");
+  m.def(
+      "masked_adamw_packed_(Tensor(a!)[] params, Tensor[] grads, Tensor offsets, Tensor indices, "
+      "Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!)? max_exp_avg_sq, Tensor(e!)? master, "
+      "Tensor steps, Tensor lr, float beta1, float beta2, float eps, float weight_decay, "
+      "bool maximize=False, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()");
 }

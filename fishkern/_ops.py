@@ -29,6 +29,16 @@ SCHEMAS = {
         "Tensor steps, Tensor lr, float beta1, float beta2, float eps, float weight_decay, "
         "bool maximize=False, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()"
     ),
+    # The same with all tensors' state in one: tensor i has the entries offsets[i]:offsets[i + 1]
+    # (int64, on the host). A tensor with as many entries as numbers takes no indices. For small
+    # steps: half of one is the reading of lists.
+    "masked_adamw_packed_": (
+        "(Tensor(a!)[] params, Tensor[] grads, Tensor offsets, Tensor indices, "
+        "Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!)? max_exp_avg_sq, "
+        "Tensor(e!)? master, "
+        "Tensor steps, Tensor lr, float beta1, float beta2, float eps, float weight_decay, "
+        "bool maximize=False, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()"
+    ),
 }
 
 
@@ -51,6 +61,12 @@ def masked_adamw_(params: Sequence[Tensor], *args: Any, **kwargs: Any) -> None:
         choose("masked_adamw_", params[0].device.type)(params, *args, **kwargs)
 
 
+def masked_adamw_packed_(params: Sequence[Tensor], *args: Any, **kwargs: Any) -> None:
+    """``masked_adamw_`` on packed state."""
+    if params:
+        choose("masked_adamw_packed_", params[0].device.type)(params, *args, **kwargs)
+
+
 def _mutates_only(*args: Any, **kwargs: Any) -> None:
     """The fake of an op that returns nothing."""
 
@@ -70,3 +86,4 @@ def _register(function: Callable[..., Any], fake: Callable[..., Any]) -> None:
 _register(linear_fisher_, _mutates_only)
 _register(topk_indices, _fake_topk_indices)
 _register(masked_adamw_, _mutates_only)
+_register(masked_adamw_packed_, _mutates_only)

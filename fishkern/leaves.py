@@ -26,6 +26,14 @@ INDICES = "_indices"
 _homes: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
+_generation = 0
+
+
+def generation() -> int:
+    """A number that changes whenever a leaf may have got another home."""
+    return _generation
+
+
 class Home(NamedTuple):
     """The dense weight that a leaf's values belong to, and where in it."""
 
@@ -115,21 +123,24 @@ class Leaves(nn.Module):
             if weight.requires_grad:
                 weight.requires_grad_(False)
 
-    def note_versions(self) -> None:
-        """What stands in the weights now is what stands in the leaves."""
+    def _settle(self) -> None:
+        """Make the homes known; what stands in the weights is what stands in the leaves."""
+        self._register()
         for name, _, weight, _ in self.items():
             self._versions[name] = weight._version
 
-    def _settle(self) -> None:
+    def _register(self) -> None:
+        global _generation
+        _generation += 1
         for name, leaf in self._parameters.items():
             _homes[leaf] = (weakref.ref(self), name)
-        self.note_versions()
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self.push()  # the owner's tensors are in the dict already; they share their memory
 
     def _load_from_state_dict(self, *args: Any) -> None:
         # The owner's tensors were loaded just before, possibly replaced (assign=True).
+        self._register()
         self._versions.clear()
         self.pull()
         self.freeze_owner()
@@ -147,8 +158,7 @@ class Leaves(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        for name, leaf in self._parameters.items():
-            _homes[leaf] = (weakref.ref(self), name)
+        self._register()
         self._versions = {}  # of other tensors; the next pull compares
 
 

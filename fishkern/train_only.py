@@ -239,7 +239,7 @@ def _before_forward(model: nn.Module, args: Any) -> None:
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """After any optimizer's step the weights follow the leaves that it holds."""
-    if not _handles:
+    if not _handles or getattr(optimizer, "writes_weights_of_leaves", False):
         return
     held = {id(param) for group in optimizer.param_groups for param in group["params"]}
     for handle in list(_handles):

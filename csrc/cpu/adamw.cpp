@@ -270,14 +270,6 @@ void masked_adamw_packed_(const Tensors& params, const Tensors& grads, const Ten
 
 }  // namespace fishkern::adamw
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fishkern_native, m) {
-  m.def(
-      "masked_adamw_packed_(Tensor(a!)[] params, Tensor[] grads, Tensor offsets, Tensor indices, "
-      "Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!)? max_exp_avg_sq, Tensor(e!)? master, "
-      "Tensor steps, Tensor lr, float beta1, float beta2, float eps, float weight_decay, "
-      "bool maximize=False, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(fishkern_native, CPU, m) {
   m.impl("masked_adamw_", TORCH_BOX(&fishkern::adamw::masked_adamw_));
   m.impl("masked_adamw_packed_", TORCH_BOX(&fishkern::adamw::masked_adamw_packed_));

@@ -32,10 +32,14 @@ def test_reference_takes_what_the_schema_says(op):
         assert default == expected, argument.name
 
 
+# Another form of masked_adamw_, for the optimizer, which keeps its state that way.
+INTERNAL = {"masked_adamw_packed_"}
+
+
 @pytest.mark.parametrize("op", _ops.SCHEMAS)
 def test_every_op_has_a_door_and_sample_inputs(op):
-    assert op in functional.__all__
-    assert getattr(functional, op).__doc__
+    assert (op in functional.__all__) == (op not in INTERNAL)
+    assert op in INTERNAL or getattr(functional, op).__doc__
     assert op in op_inputs.OPS
 
 

@@ -41,7 +41,15 @@ def masked_adamw_():
         yield (params, grads, chosen, *state, *rates), extra
 
 
-OPS = {f.__name__: f for f in (linear_fisher_, topk_indices, masked_adamw_)}
+def masked_adamw_packed_():
+    for (params, grads, chosen, m, v, maxima, masters, *rates), extra in masked_adamw_():
+        offsets = torch.tensor([0, len(chosen[0]), len(chosen[0]) + len(chosen[1])])
+        optional = [torch.cat(tensors) if tensors else None for tensors in (maxima, masters)]
+        state = (torch.cat(chosen), torch.cat(m), torch.cat(v), *optional)
+        yield (params, grads, offsets, *state, *rates), extra
+
+
+OPS = {f.__name__: f for f in (linear_fisher_, topk_indices, masked_adamw_, masked_adamw_packed_)}
 CASES = [(name, i) for name, inputs in OPS.items() for i in range(len(list(inputs())))]
 
 

@@ -27,13 +27,14 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
     for k in (40000, 7, 0):
         param, grad = torch.randn(300, 301).to(dtype), torch.randn(300, 301).to(dtype)
         index = torch.randperm(param.numel())[:k].sort().values.int()
+        other = param[:50].clone()
         m, v, v_max = (torch.rand(k or param.numel()) for _ in range(3))
         with use_backend("native"):
-            masked_adamw_([param, param[:50]], [grad, grad[:50]], [index, torch.empty(0).int()],
+            masked_adamw_([param, other], [grad, grad[:50]], [index, torch.empty(0).int()],
                           [m, torch.ones(15050)], [v, torch.ones(15050)], steps=[3, 3], lr=0.1,
                           betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1,
                           max_exp_avg_sqs=[v_max, torch.ones(15050)])
-        for tensor in (param, m, v, v_max):
+        for tensor in (param, other, m, v, v_max):
             digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
 print(digest.hexdigest())
 """

@@ -8,7 +8,12 @@ import torch
 
 from fishkern.backends.native import build
 from fishkern.backends.native.build import cache_dir
-from fishkern.backends.native.ops import linear_fisher_, masked_adamw_, topk_indices
+from fishkern.backends.native.ops import (
+    linear_fisher_,
+    masked_adamw_,
+    masked_adamw_packed_,
+    topk_indices,
+)
 
 __all__ = [
     "DEVICES",
@@ -16,6 +21,7 @@ __all__ = [
     "cpu_capability",
     "linear_fisher_",
     "masked_adamw_",
+    "masked_adamw_packed_",
     "topk_indices",
     "unavailable",
 ]

@@ -22,3 +22,8 @@ def topk_indices(scores: list[Tensor], k: int) -> list[Tensor]:
 def masked_adamw_(*args: Any, **kwargs: Any) -> None:
     """See ``csrc/cpu/adamw.cpp``."""
     torch.ops.fishkern_native.masked_adamw_(*args, **kwargs)
+
+
+def masked_adamw_packed_(*args: Any, **kwargs: Any) -> None:
+    """See ``csrc/cpu/adamw.cpp``."""
+    torch.ops.fishkern_native.masked_adamw_packed_(*args, **kwargs)

@@ -4,13 +4,23 @@ These functions are the truth that the kernels are tested against (in float64) a
 fallback where no kernel runs. They are written to be read.
 """
 
+from fishkern.backends.packed import by_lists
 from fishkern.backends.reference.adamw import masked_adamw_
 from fishkern.backends.reference.fisher import linear_fisher_
 from fishkern.backends.reference.select import topk_indices
 
-__all__ = ["DEVICES", "linear_fisher_", "masked_adamw_", "topk_indices", "unavailable"]
+__all__ = [
+    "DEVICES",
+    "linear_fisher_",
+    "masked_adamw_",
+    "masked_adamw_packed_",
+    "topk_indices",
+    "unavailable",
+]
 
 DEVICES = ("cpu", "cuda", "mps", "xpu", "meta")
+
+masked_adamw_packed_ = by_lists(masked_adamw_)
 
 
 def unavailable() -> str | None:

@@ -17,7 +17,11 @@ import torch
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = ("cpu", "cuda") if INTERPRETED else ("cuda",)
 
-_FILES = {"linear_fisher_": "fisher", "masked_adamw_": "adamw"}
+_FILES = {
+    "linear_fisher_": "fisher",
+    "masked_adamw_": "adamw",
+    "masked_adamw_packed_": "adamw",
+}
 
 
 def unavailable() -> str | None:

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fishkern.backends.packed import by_lists
 from fishkern.backends.triton.launch import Launch, num_multiprocessors, run
 
 FLOAT_DTYPES = {
@@ -337,3 +338,6 @@ def _check(
                 )
         if not all(map(Tensor.is_contiguous, tensors)):
             raise ValueError(f"{name} has a tensor that is not contiguous: pass contiguous ones")
+
+
+masked_adamw_packed_ = by_lists(masked_adamw_)

@@ -10,7 +10,17 @@ import torch
 from torch import Tensor
 
 from fishkern.masks import SparseMask
-from fishkern.optim_roles import (
+from fishkern.optim.checkpoint import (
+    agree,
+    check_groups,
+    check_mask,
+    pack_mask,
+    unpack_groups,
+    unpack_masks,
+    unpack_state,
+)
+from fishkern.optim.launch import Plan, gather, make_plan, run, scaling
+from fishkern.optim.roles import (
     UNLISTED,
     admit,
     check_answered,
@@ -23,16 +33,6 @@ from fishkern.optim_roles import (
     leaf_owner,
     name_all,
 )
-from fishkern.optim_state import (
-    agree,
-    check_groups,
-    check_mask,
-    pack_mask,
-    unpack_groups,
-    unpack_masks,
-    unpack_state,
-)
-from fishkern.optim_step import Plan, gather, make_plan, run, scaling
 
 __all__ = ["FishSparseAdamW"]
 
@@ -93,6 +93,7 @@ class FishSparseAdamW(torch.optim.Optimizer):
         [1, 5]
     """
 
+    writes_weights_of_leaves = True  # in the kernel, so that train_only need not after each step
     _step_supports_amp_scaling = True  # GradScaler sets grad_scale and found_inf around step()
 
     def __init__(

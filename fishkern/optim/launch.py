@@ -1,44 +1,61 @@
-"""From parameter groups to launches of the op: what one step gathers, and in which order.
+"""From parameter groups to calls of the op: what one step gathers, and in which order.
 
 Little is kept between steps, and nothing that a framework may exchange unseen: gradients, states
 and their tensors are read anew each time. A plan holds what is costly to find out (roles, indices,
 devices) and is made again when a group's parameters or their devices have changed.
+
+State lies packed: one tensor per kind (steps, first and second moments) for all parameters of a
+batch, with a view into it in each parameter's state, so that one call reads two lists - parameters
+and gradients - and not seven.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass, field
-from itertools import repeat
+from itertools import accumulate, repeat
 from operator import is_, is_not
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fishkern import _ops
+from fishkern import _ops, leaves
 
 State = MutableMapping[Tensor, dict[str, Any]]
 
 
 @dataclass(slots=True, eq=False)
+class Packed:
+    """One kind of state of a whole batch, and the views into it that the states hold."""
+
+    tensor: Tensor
+    views: list[Tensor]
+
+    def holds(self, values: Sequence[Tensor]) -> bool:
+        """Whether these are the very same views (and not moved by ``value.data = ...``)."""
+        return all(map(is_, values, self.views)) and values[0].data_ptr() == self.tensor.data_ptr()
+
+
+@dataclass(slots=True, eq=False)
 class Batch:
-    """The parameters of one group on one device: what one launch updates.
+    """Parameters of one group that one call can update: of one device, with moments of one dtype.
 
     ``indices`` are as the op wants them (empty where the whole parameter is trained), ``shapes``
-    those of the moments (None where the parameter's); ``sharded``: some are DTensors, of which each
-    rank updates its own part. ``counts`` is one tensor with a view into it
-    for each state's ``step``, so that all are raised in one operation.
+    those of the moments (None: the parameter's). ``targets`` are what the op writes: the parameters
+    themselves, or the dense weights of leaves, whose float32 masters the leaves then are.
     """
 
     device: torch.device
+    sharded: bool  # DTensors, of which each rank updates its own part
     params: list[Tensor] = field(default_factory=list)
+    targets: list[Tensor] = field(default_factory=list)
+    masters: list[Tensor] = field(default_factory=list)  # empty, or one for each parameter
     indices: list[Tensor] = field(default_factory=list)
-    sharded: bool = False
     shapes: list[torch.Size | None] = field(default_factory=list)
-    counts: Tensor | None = None
-    count_views: list[Tensor] = field(default_factory=list)
+    layout: tuple[Tensor, Tensor] | None = None  # packed offsets and indices
+    packed: dict[str, Packed] = field(default_factory=dict)
     lr: tuple[float, Tensor] = (math.nan, torch.empty(0))  # the last one, as the op wants it
 
 
@@ -48,6 +65,7 @@ class Plan:
 
     params: list[Tensor]
     batches: list[Batch]
+    homes: int  # which state of the leaves' homes it was made for
 
     def holds(self, params: Sequence[Tensor]) -> bool:
         """Whether these are the very same parameters, where they were.
@@ -59,39 +77,45 @@ class Plan:
             len(params) == len(self.params)
             and all(map(is_, params, self.params))
             and all(batch.params[0].device == batch.device for batch in self.batches)
+            and self.homes == leaves.generation()
         )
 
 
 @dataclass(slots=True, eq=False)
 class Launch:
-    """One call of the op: lists over the parameters that have a gradient."""
+    """One call of the op: for the whole batch, or for those of its parameters in ``some``."""
 
     batch: Batch
-    params: list[Tensor]
     grads: list[Tensor]
-    indices: list[Tensor]
     states: list[dict[str, Any]]
-    counts: Tensor | None  # None: the states' steps are not one tensor
+    some: list[int] | None
 
 
 def make_plan(params: Sequence[Tensor], indices: Sequence[Tensor | None]) -> Plan:
-    """Sort a group's parameters by device.
+    """Sort a group's parameters into batches.
 
     Args:
         params: The group's parameters.
         indices: For each the positions to train; None: all.
     """
-    batches: dict[torch.device, Batch] = {}
+    batches: dict[Any, Batch] = {}
     every: dict[torch.device, Tensor] = {}  # the op's sign for "every entry", once per device
     for param, index in zip(params, indices, strict=True):
-        device = param.device
-        batch = batches.setdefault(device, Batch(device))
-        batch.sharded |= is_sharded(param)
+        device, sharded = param.device, is_sharded(param)
+        home = None if sharded else leaves.home_of(param)
+        key = (device, sharded, moment_dtype(param), home is None)
+        batch = batches.setdefault(key, Batch(device, sharded))
         nothing = every.setdefault(device, torch.empty(0, dtype=torch.int32, device=device))
         batch.params.append(param)
-        batch.indices.append(nothing if index is None else index.to(device))
         batch.shapes.append(None if index is None else index.shape)
-    return Plan(list(params), list(batches.values()))
+        if home is not None:
+            batch.targets.append(home.weight)
+            batch.masters.append(param.detach())
+            batch.indices.append(home.indices)
+        else:
+            batch.targets.append(param)
+            batch.indices.append(nothing if index is None else index.to(device))
+    return Plan(list(params), list(batches.values()), leaves.generation())
 
 
 def gather(batch: Batch, state: State, group: dict[str, Any]) -> Launch | None:
@@ -100,21 +124,17 @@ def gather(batch: Batch, state: State, group: dict[str, Any]) -> Launch | None:
     Raises:
         RuntimeError: A gradient is sparse.
     """
-    params, indices = batch.params, batch.indices
-    grads: list[Any] = [param.grad for param in params]
-    states: list[Any] = [state.get(param) for param in params]
+    grads: list[Any] = [param.grad for param in batch.params]
+    states: list[Any] = [state.get(param) for param in batch.params]
     if not all(states):
         states = _build_states(batch, state, group)
         if _only_builds(group, grads):
             return None
-    counts = None
-    if all(map(is_not, grads, repeat(None))):
-        counts = _packed_counts(batch, states)
-    else:
+    some = None
+    if not all(map(is_not, grads, repeat(None))):
         some = [i for i, grad in enumerate(grads) if grad is not None]
         if not some:
             return None
-        params, indices = [params[i] for i in some], [indices[i] for i in some]
         grads, states = [grads[i] for i in some], [states[i] for i in some]
     if [grad.layout for grad in grads].count(torch.strided) != len(grads):
         odd = next(grad for grad in grads if grad.layout is not torch.strided)
@@ -122,13 +142,13 @@ def gather(batch: Batch, state: State, group: dict[str, Any]) -> Launch | None:
             f"a gradient of shape {list(odd.shape)} is {odd.layout}, but sparse gradients are not "
             f"supported: make it dense, for an embedding with sparse=False"
         )
-    return Launch(batch, params, grads, indices, states, counts)
+    return Launch(batch, grads, states, some)
 
 
 def run(
     launch: Launch, group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None
 ) -> None:
-    """Raise the step counts and launch the op.
+    """Raise the step counts and call the op.
 
     Args:
         launch: What ``gather`` collected.
@@ -136,34 +156,27 @@ def run(
         grad_scale: Gradients are divided by it first.
         found_inf: Where not zero, nothing changes; None if that has been decided before.
     """
-    batch, states = launch.batch, launch.states
+    batch = launch.batch
     beta1, beta2 = group["betas"]
-    counts = [entry["step"] for entry in states] if launch.counts is None else [launch.counts]
+    options = (
+        _lr(batch, group["lr"]),
+        float(beta1),
+        float(beta2),
+        group["eps"],
+        group["weight_decay"],
+        group["maximize"],
+        None if grad_scale is None else grad_scale.to(batch.device),
+        None if found_inf is None else found_inf.to(batch.device),
+    )
+    # Leaves keep their own memory: they are parameters, which others may exchange.
+    in_one = launch.some is None and not batch.sharded and not batch.masters
+    counts = [_packed(launch, "step")] if in_one else [s["step"] for s in launch.states]
     torch._foreach_add_(counts, 1)
-    lists = [
-        launch.params,
-        launch.grads,
-        launch.indices,
-        [entry["exp_avg"] for entry in states],
-        [entry["exp_avg_sq"] for entry in states],
-        [entry["max_exp_avg_sq"] for entry in states] if group["amsgrad"] else [],
-        [],
-    ]
-    if batch.sharded:
-        lists = [[t.to_local() if is_sharded(t) else t for t in tensors] for tensors in lists]
     try:
-        _op()(
-            *lists,
-            torch.stack(counts) if launch.counts is None else launch.counts,
-            _lr(batch, group["lr"]),
-            float(beta1),
-            float(beta2),
-            group["eps"],
-            group["weight_decay"],
-            group["maximize"],
-            None if grad_scale is None else grad_scale.to(batch.device),
-            None if found_inf is None else found_inf.to(batch.device),
-        )
+        if in_one:
+            _run_packed(launch, group["amsgrad"], counts[0], options)
+        else:
+            _run_lists(launch, group["amsgrad"], torch.stack(counts), options)
     except BaseException:
         torch._foreach_sub_(counts, 1)
         raise
@@ -171,11 +184,73 @@ def run(
         torch._foreach_sub_(counts, [(found_inf != 0).to(counts[0])] * len(counts))
 
 
-def _op() -> Callable[..., None]:
-    """The op: through the dispatcher only where a compiler is looking, since that takes time."""
+def _run_packed(launch: Launch, amsgrad: bool, steps: Tensor, options: tuple[Any, ...]) -> None:
+    batch = launch.batch
+    exp_avg, exp_avg_sq = _packed(launch, "exp_avg"), _packed(launch, "exp_avg_sq")
+    op = _ops.masked_adamw_packed_
+    if torch.compiler.is_compiling():  # the dispatcher takes time: only where a compiler looks
+        op = torch.ops.fishkern.masked_adamw_packed_
+    offsets, indices = batch.layout or _lay_out(batch, exp_avg)
+    maxima = _packed(launch, "max_exp_avg_sq") if amsgrad else None
+    op(
+        *(batch.targets, launch.grads, offsets, indices),
+        *(exp_avg, exp_avg_sq, maxima, None, steps),
+        *options,
+    )
+
+
+def _run_lists(launch: Launch, amsgrad: bool, steps: Tensor, options: tuple[Any, ...]) -> None:
+    batch, states, some = launch.batch, launch.states, launch.some
+
+    def chosen(tensors: list[Tensor]) -> list[Tensor]:
+        return tensors if some is None or not tensors else [tensors[i] for i in some]
+
+    lists = [
+        chosen(batch.targets),
+        launch.grads,
+        chosen(batch.indices),
+        [entry["exp_avg"] for entry in states],
+        [entry["exp_avg_sq"] for entry in states],
+        [entry["max_exp_avg_sq"] for entry in states] if amsgrad else [],
+        chosen(batch.masters),
+    ]
+    if batch.sharded:
+        lists = [[t.to_local() if is_sharded(t) else t for t in tensors] for tensors in lists]
+    op = _ops.masked_adamw_
     if torch.compiler.is_compiling():
-        return torch.ops.fishkern.masked_adamw_
-    return _ops.masked_adamw_
+        op = torch.ops.fishkern.masked_adamw_
+    op(*lists, steps, *options)
+
+
+def _packed(launch: Launch, key: str) -> Tensor:
+    """One kind of state of the whole batch in one tensor; packed now where it is not."""
+    values = [entry[key] for entry in launch.states]
+    held = launch.batch.packed.get(key)
+    if held is not None and held.holds(values):
+        return held.tensor
+    tensor = torch.cat([value.reshape(-1).to(values[0].device) for value in values])
+    parts = tensor.split([value.numel() for value in values])
+    views = [part.view(value.shape) for part, value in zip(parts, values, strict=True)]
+    for entry, view in zip(launch.states, views, strict=True):
+        entry[key] = view
+    launch.batch.packed[key] = Packed(tensor, views)
+    return tensor
+
+
+def _lay_out(batch: Batch, exp_avg: Tensor) -> tuple[Tensor, Tensor]:
+    """Where each parameter's entries are in the packed state, and all indices in one tensor."""
+    counts = [
+        param.numel() if shape is None else shape.numel()
+        for param, shape in zip(batch.params, batch.shapes, strict=True)
+    ]
+    offsets = torch.tensor([0, *accumulate(counts)], dtype=torch.int64)
+    stored = [index for index in batch.indices if index.numel()]
+    indices = torch.cat(stored) if stored else batch.indices[0]
+    # Held once: the single lists become views.
+    parts = iter(indices.split([index.numel() for index in stored]))
+    batch.indices = [next(parts) if index.numel() else index for index in batch.indices]
+    batch.layout = (offsets, indices)
+    return batch.layout
 
 
 def _lr(batch: Batch, lr: float | Tensor) -> Tensor:
@@ -259,19 +334,3 @@ def is_sharded(tensor: Tensor) -> bool:
 def moment_dtype(param: Tensor) -> torch.dtype:
     """float32, or float64 for a float64 parameter."""
     return torch.promote_types(param.dtype, torch.float32)
-
-
-def _packed_counts(batch: Batch, states: list[dict[str, Any]]) -> Tensor:
-    """The step counts as one tensor, of which each state's ``step`` is a view."""
-    steps = [entry["step"] for entry in states]
-    counts = batch.counts
-    if (
-        counts is None
-        or not all(map(is_, steps, batch.count_views))
-        or steps[0].data_ptr() != counts.data_ptr()  # moved by `step.data = ...`
-    ):
-        counts = torch.stack([step.to(steps[0].device, torch.float32) for step in steps])
-        batch.counts, batch.count_views = counts, list(counts.unbind())
-        for entry, view in zip(states, batch.count_views, strict=True):
-            entry["step"] = view
-    return counts

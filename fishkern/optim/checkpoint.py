@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from fishkern.masks import SparseMask
-from fishkern.optim_roles import (
+from fishkern.optim.launch import moment_dtype
+from fishkern.optim.roles import (
     admit,
     check_answered,
     group_owners,
     index_of,
     leaf_owner,
 )
-from fishkern.optim_step import moment_dtype
 
 Groups = list[dict[str, Any]]
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
