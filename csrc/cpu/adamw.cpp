@@ -22,7 +22,7 @@ bool is_dtype(int32_t dtype, int32_t (*other)()) { return dtype == other(); }
 
 int32_t raw_dtype(const Tensor& tensor) {
   int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
   return dtype;
 }
 

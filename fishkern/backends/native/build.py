@@ -125,7 +125,7 @@ def build(csrc: Path, target: Path) -> None:
         if run.returncode:
             raise BuildError(
                 f"the C++ kernels do not compile with {' '.join(compiler)}; set CXX to a working "
-                f"compiler for C++20, such as g++ 10 or newer. It said:\n"
+                f"compiler for C++20, such as g++ 11 or newer. It said:\n"
                 f"{_first_error(run.stdout + run.stderr)}"
             )
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -182,7 +182,7 @@ def _compiler() -> list[str]:
         if path := shutil.which(command[0]):
             return [path, *command[1:]]  # CXX may be "ccache g++"
     what = f"the compiler CXX={asked}" if asked else "a C++ compiler (c++, g++ or clang++)"
-    raise BuildError(f"{what} was not found on the PATH; install g++ 10 or newer, or set CXX")
+    raise BuildError(f"{what} was not found on the PATH; install g++ 11 or newer, or set CXX")
 
 
 def _ninja() -> str:
