@@ -18,7 +18,6 @@ PACKAGES = (
     *("logging", "multiprocessing", "unittest", "xml"),
 )
 TRAIN_PER_PACKAGE, TEST_PER_PACKAGE = 100, 50
-MAX_TEST = 1000  # it is scored several times
 
 Example = tuple[str, list[str]]  # label, then one sentence or a pair of them
 
@@ -42,14 +41,14 @@ class Data:
         return sum(label == answer for label, _ in self.test) / len(self.test)
 
 
-def load_data(source: str | None, seed: int) -> Data:
+def load_data(source: str | None, seed: int, most_train: int, most_test: int) -> Data:
     """Docstrings where no source is given; else a TSV, a folder of TSVs, or a name on the hub."""
     train, test = docstrings() if source is None else read(source)
     name = source or "docstrings, by their package in Python's library"
     if unknown := {label for label, _ in test} - {label for label, _ in train}:
         raise ValueError(f"{name}: the labels {sorted(unknown)} are in the test part only")
-    train, test = shuffled(train, len(train), seed), shuffled(test, len(test), seed)
-    return Data(name, train, test[:MAX_TEST])
+    train = shuffled(train, min(most_train, len(train)), seed)
+    return Data(name, train, shuffled(test, min(most_test, len(test)), seed))
 
 
 def shuffled(examples: list[Example], count: int, seed: int) -> list[Example]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from statistics import median
 
@@ -15,11 +14,13 @@ import torch
 from _data import Data
 from _training import Run
 from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
 
 import fishkern
 
 COLORS = ("#0072B2", "#E69F00", "#009E73")  # Okabe and Ito's, told apart by the colour-blind too
 MARKERS = ("o", "s", "^")
+LEAST_SHARE = 0.01  # per cent; what is less has the darkest colour
 
 
 def print_table(runs: list[Run], data: Data) -> None:
@@ -57,47 +58,62 @@ def _time(ms: float | None) -> str:
 
 def draw(runs: list[Run], path: Path) -> None:
     """Where the last run's entries lie in the model, and how all runs learned."""
-    style = {"font.size": 11, "axes.titlesize": 12, "axes.titlelocation": "left"}
+    style = {"font.size": 11, "axes.titlelocation": "left", "axes.titleweight": "bold"}
     with plt.rc_context(style):
         figure, (left, right) = plt.subplots(
-            1, 2, figsize=(11, 4.2), layout="constrained", width_ratios=(1.15, 1)
+            1, 2, figsize=(11, 4.4), layout="constrained", width_ratios=(1.25, 1)
         )
-        _draw_mask(left, runs[-1])
+        _draw_mask(left, runs[-1].mask)
         _draw_curves(right, runs)
         figure.savefig(path, dpi=150)
         plt.close(figure)
     print(f"The figure is in {path}.")
 
 
-def _draw_mask(axes: Axes, run: Run) -> None:
-    shares = _shares(run.mask)
-    layers = list(dict.fromkeys(layer for layer, _ in shares))
-    modules = list(dict.fromkeys(module for _, module in shares))
-    grid = torch.full((len(modules), len(layers)), torch.nan)
-    for (layer, module), share in shares.items():
-        grid[modules.index(module), layers.index(layer)] = 100 * share
-    image = axes.imshow(grid, cmap="cividis", aspect="auto")
+def _draw_mask(axes: Axes, mask: fishkern.SparseMask) -> None:
+    """A cell for each matrix: the selected share of it, as a colour and in per cent."""
+    cells = {cell: 100 * share for cell, share in _shares(mask).items()}
+    layers = list(dict.fromkeys(layer for layer, _ in cells))
+    modules = list(dict.fromkeys(module for _, module in cells))
+    grid = torch.full((len(modules), len(layers)), torch.nan)  # NaN, no such matrix: stays blank
+    for (layer, module), share in cells.items():
+        grid[modules.index(module), layers.index(layer)] = max(share, LEAST_SHARE)
+    top = max(*cells.values(), 10 * LEAST_SHARE)
+    image = axes.imshow(grid, cmap="cividis", norm=LogNorm(LEAST_SHARE, top), aspect="auto")
+    for (layer, module), share in cells.items():
+        x, y = layers.index(layer), modules.index(module)
+        color = "white" if image.norm(max(share, LEAST_SHARE)) < 0.6 else "black"
+        axes.text(x, y, _percent(share), color=color, ha="center", va="center", fontsize=9)
     axes.set_xticks(range(len(layers)), layers)
     axes.set_yticks(range(len(modules)), modules)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
     axes.set_xlabel("layer")
-    axes.set_title(f"Where the {run.trained:,} best base weights lie")
-    axes.figure.colorbar(image, ax=axes, label="selected, % of the matrix")
+    axes.set_title("Selected base weights, % of each matrix")
 
 
 def _shares(mask: fishkern.SparseMask) -> dict[tuple[str, str], float]:
-    """For each layer and module of it the selected share."""
+    """The selected share of each matrix by its layer, "top" outside the layers, and module."""
     shares = {}
     for name, indices in mask.items():
-        if found := re.search(r"\.(\d+)\.(.+)\.weight$", name):
-            shares[found[1], found[2]] = len(indices) / mask.shapes[name].numel()
+        *path, kind = name.split(".")
+        layer = next((part for part in path if part.isdecimal()), None)
+        if kind == "weight" and layer is not None:
+            module = ".".join(path[path.index(layer) + 1 :])
+            shares[layer, module] = len(indices) / mask.shapes[name].numel()
+        elif kind == "weight" and len(indices) < mask.shapes[name].numel():  # not the head
+            shares["top", path[-2:][0]] = len(indices) / mask.shapes[name].numel()
     return shares
+
+
+def _percent(share: float) -> str:
+    return "0" if share == 0 else "<0.01" if share < 0.01 else f"{share:.2g}"
 
 
 def _draw_curves(axes: Axes, runs: list[Run]) -> None:
     for run, color, marker in zip(runs, COLORS, MARKERS, strict=True):
         steps, accuracies = zip(*run.curve, strict=True)
-        label = f"{run.what}: {accuracies[-1]:.2f}"
-        axes.plot(steps, accuracies, color=color, marker=marker, label=label)
+        axes.plot(steps, accuracies, color=color, marker=marker, label=run.what)
     axes.set_xlabel("training step")
     axes.set_title("Test accuracy")
     axes.set_ylim(0, 1)

@@ -14,7 +14,7 @@ from _data import Data, load_data
 from _training import Task, num_candidates
 
 GRIDS = {
-    quickstart.train_lora: (5e-4, 1e-3, 2e-3, 5e-3),
+    quickstart.train_lora: (1e-3, 2e-3, 5e-3),
     quickstart.train_fish_lora: (1e-3, 3e-3, 1e-2),
     quickstart.train_fish_base: (1e-3, 3e-3, 1e-2),
 }
@@ -22,7 +22,7 @@ GRIDS = {
 
 def main() -> None:
     args = quickstart.parse_args()
-    data = load_data(args.data, args.seed)
+    data = load_data(args.data, args.seed, args.train_samples, args.test_samples)
     quarter = len(data.train) // 4
     task = Task(Data(data.name, data.train[quarter:], data.train[:quarter]), args)
     k = num_candidates(quickstart.add_lora(task.new_model(), quickstart.RANK))
@@ -31,7 +31,10 @@ def main() -> None:
         for lr in rates:
             method = train if train is quickstart.train_lora else partial(train, k=k)
             run = method(task, lr)
-            print(f"{train.__name__}  lr {lr:<6g}  held-out accuracy {run.curve[-1][1]:.3f}", flush=True)
+            print(
+                f"{train.__name__}  lr {lr:<6g}  held-out accuracy {run.curve[-1][1]:.3f}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ LORA_LR, FISH_LORA_LR, FISH_BASE_LR = 3e-3, 3e-3, 3e-3
 
 def main() -> None:
     args = parse_args()
-    task = Task(load_data(args.data, args.seed), args)
+    task = Task(load_data(args.data, args.seed, args.train_samples, args.test_samples), args)
     runs = [train_lora(task, LORA_LR)]
     k = runs[0].trained
     runs += [train_fish_lora(task, FISH_LORA_LR, k), train_fish_base(task, FISH_BASE_LR, k)]
@@ -104,11 +104,11 @@ def parse_args() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--model", default=included_model(), help="a folder, or a name on the hub")
-    add("--data", help="a TSV (label, sentence1[, sentence2]), a folder with train.tsv and dev.tsv,"
-        " or a name on the hub; without it, docstrings")  # fmt: skip
+    add("--data", help="a TSV (label, sentence1[, sentence2]), a folder, or a name on the hub")
     add("--steps", type=int, default=150, help="training steps of each method")
     add("--batch-size", type=int, default=16)
     add("--train-samples", type=int, default=8000, help="at most so many")
+    add("--test-samples", type=int, default=1000, help="at most so many")
     add("--seed", type=int, default=0)
     add("--dense-gradients", action="store_true", help="(c) without train_only")
     add("--output", type=Path, default=Path("quickstart.png"), help="where the figure goes")
