@@ -81,6 +81,11 @@ class FisherAccumulator:
             self.calls.setdefault(site, []).append(tuple(x.shape))
             self.num_calls.update(site.names.values())
 
+    def forget_calls(self) -> None:
+        """The forward pass starts again."""
+        self.calls.clear()
+        self.num_calls.clear()
+
     def end_forward(self, num_samples: int, one_sample: Mapping[Site, list[Shape]] | None) -> None:
         """Find every input's sample axis, by the shapes of a one-sample pass or known layouts."""
         self.in_forward, self.num_samples = False, num_samples

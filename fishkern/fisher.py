@@ -17,10 +17,13 @@ from fishkern.diagonal import FisherDiagonal
 from fishkern.interception import Site, can_intercept, intercepted, original_parameters
 from fishkern.losses import LossFn, default_loss
 from fishkern.names import Patterns, match, named_parameters
-from fishkern.preserve import scoring_mode
+from fishkern.preserve import backward, scoring_mode
 from fishkern.verification import FisherVerificationError, verify_scores
 
 __all__ = ["FisherVerificationError", "estimate_fisher"]
+
+#: Reentrant checkpointing's warning that a segment gets no gradient.
+_CUT_OFF = "None of the inputs have requires_grad"
 
 
 def estimate_fisher(
@@ -102,6 +105,8 @@ def estimate_fisher(
         stack.enter_context(scoring_mode(model, candidates.values()))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(torch.enable_grad())
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("error", _CUT_OFF)
         scoring = _Scoring(model, candidates, loss_fn or default_loss(model), score_device)
         bar = stack.enter_context(
             tqdm(total=num_samples, desc="Fisher scores", unit="sample", disable=not progress)
@@ -141,7 +146,9 @@ class _Scoring:
     ) -> None:
         self.model, self.candidates, self.loss_fn = model, candidates, loss_fn
         self.scores = {
-            name: torch.zeros(param.shape, device=score_device or param.device)
+            name: torch.zeros(
+                param.shape, dtype=torch.float32, device=score_device or param.device
+            )
             for name, param in candidates.items()
         }
         self.accumulator = FisherAccumulator(candidates, self.scores)
@@ -215,7 +222,7 @@ class _Scoring:
                 self.probed = True
             accumulator.end_forward(size, one_sample)
             if losses.requires_grad:
-                losses[:only].sum().backward()
+                backward(losses[:only].sum())
         self._clear_grads()
         return size, accumulator.strays
 
@@ -225,7 +232,8 @@ class _Scoring:
         self.accumulator.calls = {}
         try:
             if samples.can_slice(batch):
-                with torch.no_grad():
+                with torch.no_grad(), warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", _CUT_OFF)  # no gradient is wanted here
                     self.loss_fn(self.model, samples.take(batch, 0, 1, size))
             return self.accumulator.calls
         finally:
@@ -251,19 +259,19 @@ class _Scoring:
             else:
                 loss = self._losses(samples.take(batch, n, n + 1, size), 1).sum()
             if loss.requires_grad:
-                loss.backward(retain_graph=losses is not None)
+                backward(loss, retain_graph=losses is not None)
             for name in names:
                 param = self.candidates[name]
                 if param.grad is not None:
                     use(name, param.grad.detach())
-                    param.grad = None
+            self._clear_grads()
 
     def _add_square(self, name: str, grad: Tensor) -> None:
         scores = self.scores[name]
         scores += grad.to_dense().to(scores).square()
 
     def _losses(self, batch: Any, size: int | None) -> Tensor:
-        losses = self.loss_fn(self.model, batch)
+        losses = self._call_loss_fn(batch)
         if not isinstance(losses, Tensor) or losses.dim() != 1:
             found = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
             raise ValueError(
@@ -276,6 +284,30 @@ class _Scoring:
                 f"return one loss per sample"
             )
         return losses
+
+    def _call_loss_fn(self, batch: Any) -> Any:
+        """The caller's losses, with the gradient of every candidate asked for where it must be.
+
+        Reentrant checkpointing gives none to a segment of which no input requires one, and only
+        warns: what comes before the segment may be frozen just for this pass.
+        """
+        try:
+            return self.loss_fn(self.model, batch)
+        except UserWarning as warning:
+            if not str(warning).startswith(_CUT_OFF):
+                raise
+        self._require_grad(self.candidates)
+        self.accumulator.forget_calls()
+        try:
+            return self.loss_fn(self.model, batch)
+        except UserWarning as warning:
+            if not str(warning).startswith(_CUT_OFF):
+                raise
+            raise RuntimeError(
+                "reentrant checkpointing cuts off the gradient of a segment whose inputs require "
+                "none: checkpoint with use_reentrant=False, or call "
+                "model.enable_input_require_grads()"
+            ) from warning
 
     def _require_grad(self, names: Iterable[str]) -> None:
         """Only these parameters need a gradient: nothing is computed for any other."""

@@ -43,6 +43,17 @@ class NoDropout(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def backward(loss: Tensor, retain_graph: bool = False) -> None:
+    """``loss.backward()`` without its dispatch.
+
+    That would suspend ``NoDropout`` just where checkpointed layers run again.
+    """
+    torch.autograd.Variable._execution_engine.run_backward(
+        (loss,), (torch.ones_like(loss),), retain_graph, False, (),
+        allow_unreachable=True, accumulate_grad=True,
+    )  # fmt: skip
+
+
 @contextmanager
 def scoring_mode(model: nn.Module, candidates: Iterable[nn.Parameter]) -> Iterator[None]:
     """Dropout off, norms in eval, ``.grad`` free for the candidates; all as before afterwards.
