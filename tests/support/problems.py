@@ -181,7 +181,7 @@ def t5():
     )
 
 
-def opt():
+def opt(**config):
     return transformers.OPTForCausalLM(
         transformers.OPTConfig(
             vocab_size=VOCAB,
@@ -192,6 +192,7 @@ def opt():
             max_position_embeddings=32,
             word_embed_proj_dim=16,
             **GENERATE,
+            **config,
         )
     )
 
