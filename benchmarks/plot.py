@@ -18,7 +18,7 @@ from benchmarks.machine import RESULTS
 COLOURS = {
     "fishkern": "#0072B2",
     "AdamW(fused)": "#E69F00",
-    "AdamW(foreach)": "#F0E442",
+    "AdamW(foreach)": "#999999",
     "ordinary pass": "#E69F00",
     "torch.func vmap": "#CC79A7",
     "one-sample loop": "#999999",
@@ -35,8 +35,8 @@ class Group(NamedTuple):
 
 # Which point of a case makes a group, and what it is called.
 STEP = {
-    "LoRA of BERT-base,\n10 % of it": {"model": "bert-base-lora", "density": "0.1"},
-    "LoRA of BERT-base,\n50 % of it": {"model": "bert-base-lora", "density": "0.5"},
+    "LoRA of BERT,\n10 % of it": {"model": "bert-base-lora", "density": "0.1"},
+    "LoRA of BERT,\n50 % of it": {"model": "bert-base-lora", "density": "0.5"},
     "all of MiniLM,\n0.5 % of it": {"model": "minilm", "density": "0.005"},
     "all of MiniLM,\n10 % of it": {"model": "minilm", "density": "0.1"},
 }
@@ -66,12 +66,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def draw_speed(rows: Sequence[Row], path: Path) -> None:
-    """Two panels of medians: steps by AdamW(fused) = 1, scoring by an ordinary pass = 1."""
-    steps = list(groups(rows, "optimizer_step", "time_ms", STEP, "AdamW(fused)"))
-    scoring = list(groups(rows, "scoring", "time_ms", SCORING, "ordinary pass"))
+    """Two panels of ratios: steps to AdamW(fused), scoring to an ordinary pass."""
+    steps = list(ratios(rows, "optimizer_step", "AdamW(fused)", STEP))
+    scoring = list(ratios(rows, "scoring", "ordinary pass", SCORING))
     figure, (left, right) = _figure(2)
     _bars(left, steps, "optimizer step: time, AdamW(fused) = 1")
-    _bars(right, scoring, "scoring: time, a forward and backward pass = 1")
+    _bars(right, scoring, "scoring: time, forward and backward pass = 1")
+    for axes in (left, right):
+        axes.axhline(1, color="#555555", linewidth=0.6, linestyle=(0, (4, 3)), zorder=0)
     _finish(figure, rows, path)
 
 
@@ -89,14 +91,18 @@ def draw_memory(rows: Sequence[Row], path: Path) -> None:
     _finish(figure, rows, path)
 
 
-def groups(
-    rows: Sequence[Row],
-    case: str,
-    metric: str,
-    points: dict[str, dict[str, str]],
-    unit: str | None = None,
+def ratios(
+    rows: Sequence[Row], case: str, baseline: str, points: dict[str, dict[str, str]]
 ) -> Iterator[Group]:
-    """The latest values of a metric at each point, divided by the contender ``unit``'s.
+    """The ratios to a baseline as they were measured, pair by pair; its own is 1."""
+    for label, bars in groups(rows, case, f"ratio:{baseline}", points):
+        yield Group(label, {**bars, baseline: 1.0})
+
+
+def groups(
+    rows: Sequence[Row], case: str, metric: str, points: dict[str, dict[str, str]]
+) -> Iterator[Group]:
+    """The latest values of a metric at each point.
 
     Where masks or dtypes differ, those of the targets count: uniform, float32.
     """
@@ -108,8 +114,6 @@ def groups(
             usual = config.get("mask", "uniform") == "uniform" and config["dtype"] == "float32"
             if row["case"] == case and row["contender"] in COLOURS and fits and usual:
                 bars[row["contender"]] = float(row["value"])
-        if unit is not None and unit in bars:
-            bars = {name: value / bars[unit] for name, value in bars.items()}
         if bars:
             yield Group(label, bars)
 
@@ -131,11 +135,12 @@ def _figure(panels: int) -> Any:
             "axes.titlesize": 10,
         }
     )
-    return plt.subplots(1, panels, figsize=(5 * panels, 3.4), layout="constrained")
+    return plt.subplots(1, panels, figsize=(5 * panels, 3.4), layout="constrained",
+                        gridspec_kw={"wspace": 0.08})  # fmt: skip
 
 
 def _bars(axes: Any, found: Sequence[Group], title: str) -> None:
-    """Grouped bars with their numbers; the axis is cut where one bar would dwarf the others."""
+    """Grouped bars with their numbers; the same colour is the same contender everywhere."""
     names = [name for name in COLOURS if any(name in group.bars for group in found)]
     heights = sorted(value for group in found for value in group.bars.values())
     width = 0.8 / max(len(names), 1)
@@ -147,14 +152,15 @@ def _bars(axes: Any, found: Sequence[Group], title: str) -> None:
         for place, value in zip(places, values, strict=True):
             text = f"{value:.2f}" if value < 10 else f"{value:.0f}"
             axes.annotate(text, (place, value), (0, 2), textcoords="offset points", ha="center",
-                          fontsize=7.5)  # fmt: skip
+                          fontsize=7.5, bbox={"fc": "white", "ec": "none", "pad": 0.5})  # fmt: skip
     axes.set_title(title)
     axes.set_xticks(range(len(found)), [group.label for group in found])
     axes.tick_params(length=0)
     axes.set_yticks([])
     axes.set_ylim(0, heights[-1] * 1.25 if heights else 1)
     if names:
-        axes.legend(frameon=False, fontsize=8, ncols=len(names), loc="upper left")
+        axes.legend(frameon=False, fontsize=8, ncols=len(names), loc="upper left",
+                    handlelength=1, handletextpad=0.5, columnspacing=1.2)  # fmt: skip
 
 
 def _finish(figure: Any, rows: Sequence[Row], path: Path) -> None:

@@ -221,17 +221,17 @@ def test_plot(results, tmp_path):
 
 
 def test_plot_takes_the_latest_value():
-    from benchmarks.plot import groups
+    from benchmarks.plot import ratios
 
     config = "model=minilm params=lora dtype=float32"
-    common = {"case": "scoring", "metric": "time_ms", "config": config}
+    common = {"case": "scoring", "metric": "ratio:ordinary pass", "config": config}
     rows = [
         {**common, "contender": "fishkern", "value": "9"},
-        {**common, "contender": "ordinary pass", "value": "4"},
-        {**common, "contender": "fishkern", "value": "2"},
+        {**common, "contender": "fishkern", "value": "0.5"},
         {**common, "contender": "fishkern", "value": "7", "config": config + " mask=fisher"},
+        {**common, "contender": "fishkern", "value": "8", "metric": "time_ms"},
     ]
-    (group,) = groups(rows, "scoring", "time_ms", {"x": {"params": "lora"}}, "ordinary pass")
+    (group,) = ratios(rows, "scoring", "ordinary pass", {"x": {"params": "lora"}})
     assert group.bars == {"fishkern": 0.5, "ordinary pass": 1.0}
 
 
