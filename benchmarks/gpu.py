@@ -32,7 +32,11 @@ OP_TESTS = (
     "tests/unit/test_topk_indices.py",
     "tests/unit/test_triton_kernels.py",
 )
-PYTEST = (PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider")
+# The machine's own versions: what they deprecate, and which plugins they bring, is not tested here.
+PYTEST = (
+    *(PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark"),
+    *("-W", "default::DeprecationWarning", "-W", "default::FutureWarning"),
+)
 
 
 @dataclass
