@@ -64,10 +64,11 @@ def scoring_mode(model: nn.Module, candidates: Iterable[nn.Parameter]) -> Iterat
     candidates = list(candidates)
     with ExitStack() as stack:
         stack.enter_context(random_state())
-        stack.enter_context(_restored(_training_flags(model)))
+        stack.enter_context(_attributes(model))
         stack.enter_context(_restored([_grad_flag(p) for p in model.parameters()]))
         stack.enter_context(_restored([_grad(p) for p in candidates]))
         stack.enter_context(_buffers(model))
+        stack.enter_context(_hooks_aside(candidates))
         for param in candidates:
             param.grad = None
         checkpointing = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
@@ -93,11 +94,32 @@ def _restored(undo: Iterable[Restore]) -> Iterator[None]:
             restore()
 
 
-def _training_flags(model: nn.Module) -> list[Restore]:
-    def restore(module: nn.Module, training: bool) -> Restore:
-        return lambda: setattr(module, "training", training)
+@contextmanager
+def _attributes(model: nn.Module) -> Iterator[None]:
+    """Modes, and whatever else the forward notes on its modules (the longest sequence so far)."""
+    before = [(module, dict(module.__dict__), dict(module._buffers)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes, buffers in before:
+            module._buffers.clear()
+            module._buffers.update(buffers)
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
 
-    return [restore(module, module.training) for module in model.modules()]
+
+@contextmanager
+def _hooks_aside(params: Iterable[nn.Parameter]) -> Iterator[None]:
+    """The caller's tensor hooks change no gradient, and no optimizer steps in one."""
+    kinds = ("_backward_hooks", "_post_accumulate_grad_hooks")
+    aside = [(hooks, dict(hooks)) for p in params for kind in kinds if (hooks := getattr(p, kind))]
+    for hooks, _ in aside:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, before in aside:
+            hooks.update(before)
 
 
 def _grad_flag(param: nn.Parameter) -> Restore:
@@ -112,21 +134,18 @@ def _grad(param: nn.Parameter) -> Restore:
 
 @contextmanager
 def _buffers(model: nn.Module) -> Iterator[None]:
-    """Buffers that the forward changes or replaces (running statistics, caches) are put back."""
-    before: list[tuple[nn.Module, str, Tensor, int, Tensor]] = [
-        (module, name, buffer, buffer._version, buffer.detach().clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
+    """Values that the forward changes in place (running statistics, caches) are put back."""
+    before: list[tuple[Tensor, int, Tensor]] = [
+        (buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers()
     ]
     try:
         yield
     finally:
         with torch.no_grad():
-            for module, name, buffer, version, copy in before:
-                if buffer._version != version:
+            for buffer, version, copy in before:
+                # The version misses changes through .data, and equality those of a zero's sign.
+                if buffer._version != version or not torch.equal(buffer, copy):
                     buffer.copy_(copy)
-                module._buffers[name] = buffer
 
 
 @contextmanager
