@@ -44,7 +44,7 @@ def take(batch: Any, start: int, stop: int, num_samples: int) -> Any:
         return _rebuild(batch, items)
     if isinstance(batch, tuple):
         if batch and len(batch) == num_samples and all(isinstance(v, str) for v in batch):
-            return batch[start:stop]  # type: ignore[return-value]  # texts as DataLoader has them
+            return batch[start:stop]  # texts as DataLoader has them
         parts = [take(value, start, stop, num_samples) for value in batch]
         named = hasattr(batch, "_fields")
         return type(batch)(*parts) if named else type(batch)(parts)
