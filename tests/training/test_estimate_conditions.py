@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.distributed:UserWarning"),
 ]
 
-N, T, I = 4, 5, 3
+N, T, I = 4, 5, 3  # samples, tokens, features  # noqa: E741
 
 
 def score(model, batches, **kwargs):
