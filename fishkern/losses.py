@@ -58,7 +58,8 @@ def sample_losses(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
                 logits.transpose(1, 2), labels.long(), ignore_index=IGNORED, reduction="none"
             )
             return token.sum(1)
-    if logits.dim() == 2 and integer and labels.numel() == len(logits):
+    classes = logits.shape[1] if logits.dim() == 2 else 0
+    if classes > 1 and integer and labels.numel() == len(logits):  # of one class: no information
         return F.cross_entropy(logits, labels.view(-1).long(), reduction="none")
     if not integer and labels.numel() == logits.numel() == len(logits):
         return 0.5 * (logits.view(-1) - labels.view(-1).to(logits.dtype)).square()
