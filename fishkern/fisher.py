@@ -14,11 +14,11 @@ from tqdm import tqdm
 from fishkern import samples
 from fishkern.completion import FisherAccumulator, Shape
 from fishkern.diagonal import FisherDiagonal
-from fishkern.interception import Site, can_intercept, intercepted, original_parameters
+from fishkern.interception import Site, intercepted, original_parameters, rule_for
 from fishkern.losses import LossFn, default_loss
 from fishkern.names import Patterns, match, named_parameters
 from fishkern.preserve import backward, scoring_mode
-from fishkern.verification import FisherVerificationError, verify_scores
+from fishkern.verification import FisherVerificationError, require_finite, verify_scores
 
 __all__ = ["FisherVerificationError", "estimate_fisher"]
 
@@ -77,6 +77,7 @@ def estimate_fisher(
         part has zeros.
 
     Raises:
+        TypeError: An argument of another type than above.
         ValueError: No candidate, no sample, a batch or loss that does not fit.
         FisherVerificationError: The re-scored samples disagree.
         RuntimeError: Scores overflowed.
@@ -94,6 +95,10 @@ def estimate_fisher(
     """
     if labels != "empirical":
         raise ValueError(f"labels is {labels!r}: only 'empirical' is available in this version")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}: pass an nn.Module")
+    if not isinstance(num_samples, int | None):
+        raise TypeError(f"num_samples is {num_samples!r}: pass an int, or None for all")
     if num_samples is not None and num_samples < 1:
         raise ValueError(f"num_samples is {num_samples}: pass at least 1, or None for all")
     if verify < 0:
@@ -161,8 +166,8 @@ class _Scoring:
     def _find_sites(self) -> dict[nn.Module, Site]:
         names = {id(param): name for name, param in self.candidates.items()}
         sites = {}
-        for path, module in self.model.named_modules():
-            rule = can_intercept(module)
+        for module in self.model.modules():
+            rule = rule_for(module)
             if rule is None:
                 continue
             local = {
@@ -172,7 +177,7 @@ class _Scoring:
             }
             if local:
                 sites[module] = Site(
-                    path, rule, local, self.accumulator.consume, self.accumulator.called
+                    module, rule, local, self.accumulator.consume, self.accumulator.called
                 )
         return sites
 
@@ -347,6 +352,8 @@ def _candidates(model: nn.Module, params: Any) -> dict[str, nn.Parameter]:
             )
     else:
         chosen = match(known, params, "params")
+        if not chosen:
+            raise ValueError("params holds no pattern: pass None for all that require a gradient")
     for name in chosen:
         param = known[name]
         if not param.is_floating_point():
@@ -395,9 +402,5 @@ def _reduce(scoring: _Scoring, process_group: Any) -> int:
 def _finished(scoring: _Scoring, total: int, labels: str) -> FisherDiagonal:
     for scores in scoring.scores.values():
         scores /= total
-    if bad := [name for name, s in scoring.scores.items() if not bool(s.isfinite().all())]:
-        raise RuntimeError(
-            f"scores of {bad[:3]} overflowed or are NaN: score in float32 or bfloat16, or look "
-            f"for infinities in the loss"
-        )
+    require_finite(scoring.scores)
     return FisherDiagonal(scoring.scores, num_samples=total, labels=labels, routes=scoring.routes())

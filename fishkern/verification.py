@@ -8,7 +8,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-__all__ = ["FisherVerificationError", "verify_scores"]
+from fishkern.names import some
+
+__all__ = ["FisherVerificationError", "require_finite", "verify_scores"]
 
 
 class FisherVerificationError(RuntimeError):
@@ -41,7 +43,9 @@ def verify_scores(scoring: Scoring, batch: Any, size: int, count: int, names: li
 
     Raises:
         FisherVerificationError: It is not.
+        RuntimeError: A score is infinite or NaN.
     """
+    require_finite({name: scoring.scores[name] for name in names})
     scale = {name: _norm(scoring.scores[name]) for name in names}
 
     def subtract(name: str, grad: Tensor) -> None:
@@ -68,6 +72,15 @@ def verify_scores(scoring: Scoring, batch: Any, size: int, count: int, names: li
             + f" (tolerance {tolerance:.1%}). Do the samples depend on each other, or is loss_fn "
             "not a loss per sample? If a module mixes its samples on purpose, leave its "
             "parameters out with params="
+        )
+
+
+def require_finite(scores: Mapping[str, Tensor]) -> None:
+    """Raise RuntimeError where a score overflowed."""
+    if bad := [name for name, s in scores.items() if not bool(s.isfinite().all())]:
+        raise RuntimeError(
+            f"the scores of {some(bad)} overflowed or are NaN: score in float32 or bfloat16, or "
+            f"look for infinities in the loss"
         )
 
 
