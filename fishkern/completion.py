@@ -47,6 +47,8 @@ class FisherAccumulator:
 
     def _begin(self) -> None:
         self.num_samples = 0
+        self.broadcast: int | None = None
+        self.expanded = False
         self.in_forward = True
         self.calls: dict[Site, list[Shape]] = {}
         self.num_calls: Counter[str] = Counter()
@@ -58,9 +60,14 @@ class FisherAccumulator:
         self.spoiled: set[str] = set()
 
     @contextmanager
-    def batch(self, names: Sequence[str]) -> Iterator[None]:
-        """One forward and backward; hooks on the parameters ``names`` report completion."""
+    def batch(self, names: Sequence[str], broadcast: int | None = None) -> Iterator[None]:
+        """One forward and backward; hooks on the parameters ``names`` report completion.
+
+        ``broadcast``: the number of samples to which inputs that stand for all of them are
+        expanded, so that the gradient at the output comes sample by sample.
+        """
         self._begin()
+        self.broadcast = broadcast
         self.strays = set(self.params).difference(names)  # scored elsewhere: nothing is held
         hooks = [self.params[n].register_hook(partial(self._completed, n)) for n in names]
         try:
@@ -75,11 +82,15 @@ class FisherAccumulator:
 
     # In the forward pass
 
-    def called(self, site: Site, x: Tensor) -> None:
+    def called(self, site: Site, x: Tensor) -> Tensor:
         """Note the shape of each input (not of those that checkpointing computes again)."""
+        if self.broadcast and site.rule.broadcasts and x.dim() > 1 and len(x) == 1:
+            x = x.expand(self.broadcast, *x.shape[1:])
+            self.expanded = True
         if self.in_forward:
             self.calls.setdefault(site, []).append(tuple(x.shape))
             self.num_calls.update(site.names.values())
+        return x
 
     def forget_calls(self) -> None:
         """The forward pass starts again."""
@@ -90,7 +101,7 @@ class FisherAccumulator:
         """Find every input's sample axis, by the shapes of a one-sample pass or known layouts."""
         self.in_forward, self.num_samples = False, num_samples
         for site, shapes in self.calls.items():
-            dims = site.rule.feature_dims
+            dims = site.rule.input_dims(site.module)
             if one_sample is not None and num_samples > 1:
                 ones = one_sample.get(site, [])
                 same_calls = len(ones) == len(shapes)
@@ -150,10 +161,12 @@ class FisherAccumulator:
         ):
             self.strays.update(names)  # tied between layers of different kinds
             return
-        x = torch.cat([self._samples_first(use, use.x) for use in uses], 1)
-        grad_out = torch.cat([self._samples_first(use, use.grad_out) for use in uses], 1)
+        module = uses[0].site.module
+        dims_in, dims_out = rule.input_dims(module), rule.output_dims(module)
+        x = torch.cat([self._samples_first(use, use.x, dims_in) for use in uses], 1)
+        grad_out = torch.cat([self._samples_first(use, use.grad_out, dims_out) for use in uses], 1)
         targets = {local[n][0]: self._target(n, x.device) for n in names}
-        rule.fisher_(targets, x, grad_out)
+        rule.fisher_(module, targets, x, grad_out)
         for name in names:
             target = targets[local[name][0]]
             if target is not self.scores[name]:
@@ -161,11 +174,11 @@ class FisherAccumulator:
             self.done.add(name)
             del self.uses[name]
 
-    def _samples_first(self, use: _Use, tensor: Tensor) -> Tensor:
+    def _samples_first(self, use: _Use, tensor: Tensor, feature_dims: int) -> Tensor:
         """``[N, T, *features]``."""
         layout = self.by_shape[use.site, tuple(use.x.shape)]
         assert layout is not None
-        lead = tensor.dim() - use.site.rule.feature_dims
+        lead = tensor.dim() - feature_dims
         if lead == 0:  # a single vector is a single token
             tensor, lead = tensor.unsqueeze(0), 1
         if layout.flattened:

@@ -65,7 +65,8 @@ def estimate_fisher(
         num_samples: Stop after exactly this many. The last mapping is cut; batches of another
             kind must end on the boundary. None: all of them.
         labels: "empirical": the data's labels.
-        verify: So many samples of the first batch are scored again by one-sample autograd.
+        verify: So many samples of the first batch (and of the first with more than one sample)
+            are scored again by one-sample autograd.
         score_device: Where scores accumulate; None: beside each parameter.
         progress: Show a progress bar.
         generator: For drawn labels.
@@ -119,7 +120,10 @@ def estimate_fisher(
         for batch, size in _cut(batches, num_samples, model, loss_fn is None):
             if scoring.num_samples == 0 and verify:
                 scoring.verify(batch, size, verify)
-            bar.update(scoring.add(batch, size))
+            size = scoring.add(batch, size)
+            if verify and not scoring.verified and size > 1:
+                scoring.verify(batch, size, verify)  # a single sample cannot mix with others
+            bar.update(size)
             if num_samples is not None and scoring.num_samples >= num_samples:
                 break
         total = _reduce(scoring, process_group)
@@ -151,16 +155,17 @@ class _Scoring:
     ) -> None:
         self.model, self.candidates, self.loss_fn = model, candidates, loss_fn
         self.scores = {
-            name: torch.zeros(
-                param.shape, dtype=torch.float32, device=score_device or param.device
-            )
+            name: torch.zeros(param.shape, dtype=torch.float32, device=score_device or param.device)
             for name, param in candidates.items()
         }
         self.accumulator = FisherAccumulator(candidates, self.scores)
         self.sites = self._find_sites()
         covered = {name for site in self.sites.values() for name in site.names.values()}
         self.loop = set(candidates) - covered
-        self.probed = False
+        self.probed = self.verified = False
+        # Position ids [1, T] stand for all samples; expanded to [N, T], their gradients come sample
+        # by sample. Off where the model turns out to want them as they are.
+        self.broadcasts = True
         self.num_samples = 0
 
     def _find_sites(self) -> dict[nn.Module, Site]:
@@ -200,11 +205,19 @@ class _Scoring:
         return size
 
     def verify(self, batch: Any, size: int | None, count: int) -> None:
-        """Compare a few samples, scored inside the whole first batch, with one-sample autograd."""
+        """Compare a few samples, scored inside their whole batch, with one-sample autograd."""
+        before = {n: s.clone() for n, s in self.scores.items()} if self.num_samples else {}
+        self._zero_scores()
         size, strays = self._fused_pass(batch, size, count)
         self.loop |= strays
+        self.verified = size > 1
         fused = sorted(set(self.candidates) - self.loop)
         verify_scores(self, batch, size, min(count, size), fused)
+        self._zero_scores()
+        for name, scores in before.items():
+            self.scores[name].copy_(scores)
+
+    def _zero_scores(self) -> None:
         for scores in self.scores.values():
             scores.zero_()
 
@@ -218,31 +231,40 @@ class _Scoring:
         self._require_grad(names)
         accumulator = self.accumulator
         sites = {m: s for m, s in self.sites.items() if not self.loop.issuperset(s.names.values())}
-        with accumulator.batch(names), intercepted(sites):
-            losses = self._losses(batch, size)
-            size = len(losses)
-            one_sample = None
-            if not self.probed and size > 1:
-                one_sample = self._one_sample_shapes(batch, size)
-                self.probed = True
-            accumulator.end_forward(size, one_sample)
-            if losses.requires_grad:
-                backward(losses[:only].sum())
-        self._clear_grads()
-        return size, accumulator.strays
+        with accumulator.batch(names, size if self.broadcasts else None), intercepted(sites):
+            try:
+                losses = self._losses(batch, size)
+                one_sample, same = None, True
+                if not self.probed and len(losses) > 1:
+                    one_sample, same = self._first_sample(batch, losses.detach())
+                    self.probed = True
+            except Exception:
+                if not accumulator.expanded:
+                    raise
+                same = False  # perhaps by what was expanded; if not, the error comes again
+            if same or not accumulator.expanded:
+                accumulator.end_forward(len(losses), one_sample)
+                if losses.requires_grad:
+                    backward(losses[:only].sum())
+                self._clear_grads()
+                return len(losses), accumulator.strays
+        self.broadcasts = self.probed = False
+        return self._fused_pass(batch, size, only)
 
-    def _one_sample_shapes(self, batch: Any, size: int) -> dict[Site, list[Shape]]:
-        """The shapes of all inputs when the first sample runs alone."""
-        calls = self.accumulator.calls, self.accumulator.num_calls.copy()
-        self.accumulator.calls = {}
+    def _first_sample(self, batch: Any, losses: Tensor) -> tuple[dict[Site, list[Shape]], bool]:
+        """All inputs' shapes when the first sample runs alone; whether its loss is as here."""
+        accumulator, alone = self.accumulator, losses
+        before = accumulator.calls, accumulator.num_calls.copy(), accumulator.broadcast
+        accumulator.calls, accumulator.broadcast = {}, None
         try:
             if samples.can_slice(batch):
                 with torch.no_grad(), warnings.catch_warnings():
                     warnings.filterwarnings("ignore", _CUT_OFF)  # no gradient is wanted here
-                    self.loss_fn(self.model, samples.take(batch, 0, 1, size))
-            return self.accumulator.calls
+                    alone = self.loss_fn(self.model, samples.take(batch, 0, 1, len(losses)))
+            same = torch.allclose(alone[:1].float(), losses[:1].float(), 5e-2, 1e-3)
+            return accumulator.calls, same
         finally:
-            self.accumulator.calls, self.accumulator.num_calls = calls
+            accumulator.calls, accumulator.num_calls, accumulator.broadcast = before
 
     def one_sample_passes(
         self,

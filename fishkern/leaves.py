@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from fishkern.interception import Site, original_class, rule_for, run_intercepted, subclass
+from fishkern.interception import Site, original_class, registered, run_intercepted, subclass
 
 CHILD = "fishkern_leaves"  # the name of the child module that holds an owner's leaves
 INDICES = "_indices"
@@ -179,8 +179,13 @@ def scatter(tensor: Tensor, indices: Tensor, values: Tensor) -> None:
 
 
 @functools.cache
-def owner_members(names: tuple[str, ...]) -> Callable[[type[nn.Module]], dict[str, Any]]:
-    """The members of an owner's class: its weights ``names`` read as aliases."""
+def owner_members(
+    names: tuple[str, ...], by_rule: bool
+) -> Callable[[type[nn.Module]], dict[str, Any]]:
+    """The members of an owner's class: its weights ``names`` read as aliases.
+
+    ``by_rule``: it has a rule that covers them, so that its forward needs no alias.
+    """
 
     def members(cls: type[nn.Module]) -> dict[str, Any]:
         def set_attribute(self: nn.Module, name: str, value: Any) -> None:
@@ -188,11 +193,11 @@ def owner_members(names: tuple[str, ...]) -> Callable[[type[nn.Module]], dict[st
             cls.__setattr__(self, name, getattr(value, "_fishkern_weight", value))
 
         def reduce(self: nn.Module, protocol: int) -> Any:
-            return _rebuild, (cls, names), self.__dict__
+            return _rebuild, (cls, names, by_rule), self.__dict__
 
         members: dict[str, Any] = {name: property(functools.partial(_read, name)) for name in names}
         members |= {"__setattr__": set_attribute, "__reduce_ex__": reduce}
-        if (rule := rule_for(cls)) is not None and set(names) <= set(rule.params):
+        if by_rule:
             members["forward"] = _forward
         return members
 
@@ -216,10 +221,9 @@ def _read(name: str, owner: nn.Module) -> Tensor:
 def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The forward of a module with a rule: its input and grad_out make the selected gradient."""
     cls = original_class(self)
-    if len(args) != 1 or kwargs or not torch.is_grad_enabled() or "forward" in self.__dict__:
+    rule = registered(cls)
+    if rule is None or len(args) != 1 or kwargs or not torch.is_grad_enabled():
         return cls.forward(self, *args, **kwargs)
-    rule = rule_for(cls)
-    assert rule is not None
     leaves: Any = self._modules[CHILD]
     params = {name: p for name in rule.params if (p := self._parameters.get(name)) is not None}
     # A weight that is trained whole beside the leaves (unlisted="train") gets its dense gradient.
@@ -229,8 +233,8 @@ def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if name in leaves._parameters or param.requires_grad
     }
     indices = {name: leaves._buffers.get(name + INDICES) for name in anchors}
-    site = Site(CHILD, rule, {}, functools.partial(_selected_gradients, indices))
-    return run_intercepted(site, params, args[0], list(anchors.values()))
+    site = Site(self, rule, {}, functools.partial(_selected_gradients, indices))
+    return run_intercepted(site, args[0], list(anchors.values()))
 
 
 def _selected_gradients(
@@ -239,12 +243,12 @@ def _selected_gradients(
     """Each leaf's gradient: the dense one is formed, gathered from, and freed."""
     grads = []
     for name, indices in selected.items():
-        grad = site.rule.param_grad(name, x, grad_out)
+        grad = site.rule.param_grad(site.module, name, x, grad_out)
         grads.append(grad if indices is None else gather(grad, indices))
     return grads
 
 
-def _rebuild(cls: Any, names: tuple[str, ...]) -> nn.Module:
+def _rebuild(cls: Any, names: tuple[str, ...], by_rule: bool) -> nn.Module:
     """An owner without its content, for pickle and deepcopy."""
-    attached = subclass(cls, owner_members(names))
+    attached = subclass(cls, owner_members(names, by_rule))
     return attached.__new__(attached)

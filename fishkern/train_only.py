@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from fishkern.interception import exchange_class, original_class
+from fishkern.interception import exchange_class, original_class, rule_for
 from fishkern.leaves import CHILD, Leaves, gather, owner_members
 from fishkern.masks import SparseMask
 from fishkern.names import canonical_name, named_parameters, suggest
@@ -197,8 +197,11 @@ class Handle:
                     if name not in leaves:  # a tied weight has one leaf
                         leaves[name] = nn.Parameter(gather(weight, indices))
                     child.add(local, leaves[name], indices)
+            names = tuple(local for local, _ in entries)
+            rule = rule_for(module)
+            by_rule = rule is not None and set(names) <= set(rule.params)
             module._modules[CHILD] = child
-            exchange_class(module, owner_members(tuple(local for local, _ in entries)))
+            exchange_class(module, owner_members(names, by_rule))
         for module, local, name in self._dense:
             weight = module._parameters[local]
             if weight is not None and name not in self._keep_trainable:

@@ -4,29 +4,35 @@
 Who consumes them - Fisher accumulation, the selected gradient - is not known here.
 """
 
-from fishkern.interception import linear  # registers its rules
+from fishkern.interception import embedding, linear, norm  # register their rules
 from fishkern.interception.capture import (
     Site,
-    can_intercept,
     exchange_class,
     intercepted,
-    original_class,
     original_parameters,
     run_intercepted,
     subclass,
 )
-from fishkern.interception.rules import Rule, register_rule, rule_for
+from fishkern.interception.rules import (
+    Rule,
+    original_class,
+    register_rule,
+    registered,
+    rule_for,
+)
 
 __all__ = [
     "Rule",
     "Site",
-    "can_intercept",
+    "embedding",
     "exchange_class",
     "intercepted",
     "linear",
+    "norm",
     "original_class",
     "original_parameters",
     "register_rule",
+    "registered",
     "rule_for",
     "run_intercepted",
     "subclass",

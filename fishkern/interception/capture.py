@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fishkern.interception.rules import Rule, rule_for
+from fishkern.interception.rules import Rule, original_class
 
 #: Called in the backward pass with (site, x, grad_out); its return value is the gradients of
 #: the anchors that ``run_intercepted`` was given, in order.
@@ -25,32 +25,32 @@ Consumer = Callable[["Site", Tensor, Tensor], Sequence[Tensor | None]]
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """A module under interception: its name, its rule, and what consumes its tensors."""
+    """A module under interception, its rule, and what consumes its tensors."""
 
-    name: str
+    module: nn.Module
     rule: Rule
     names: Mapping[str, str]  # local name -> name in the model, of the parameters concerned
     consume: Consumer
-    called: Callable[[Site, Tensor], None] | None = None  # at each call, with the input
+    called: Callable[[Site, Tensor], Tensor] | None = None  # at each call; returns the input
 
 
 class _Intercepted(torch.autograd.Function):
-    """``y = rule.forward(params, x)``; inputs: x, the module's tensors, the anchors."""
+    """``y = module(x)``; inputs: x, the module's own parameters, the anchors."""
 
     @staticmethod
-    def forward(
-        ctx: Any, site: Site, local: tuple[str, ...], x: Tensor, *tensors: Tensor
-    ) -> Tensor:
-        ctx.site, ctx.local, ctx.x_dtype = site, local, x.dtype
-        ctx.num_anchors = len(tensors) - len(local)
-        ctx.set_materialize_grads(False)
+    def forward(ctx: Any, site: Site, num_params: int, x: Tensor, *tensors: Tensor) -> Tensor:
         device = x.device.type
-        if torch.is_autocast_enabled(device) and x.is_floating_point():
+        autocast = torch.is_autocast_enabled(device)
+        ctx.site, ctx.x_dtype, ctx.num_params = site, x.dtype, num_params
+        ctx.num_anchors = len(tensors) - num_params
+        ctx.autocast = (device, torch.get_autocast_dtype(device), autocast)
+        ctx.set_materialize_grads(False)
+        if autocast and site.rule.autocasts:
             # The layer would cast its input: keep the cast, as the ordinary graph does.
             x = x.to(torch.get_autocast_dtype(device))
-        params = dict(zip(local, tensors, strict=False))
-        ctx.save_for_backward(x, *params.values())
-        y = site.rule.forward(params, x)
+        # The parameters are kept so that autograd notices if somebody writes to them.
+        ctx.save_for_backward(x, *tensors[:num_params])
+        y: Tensor = original_class(site.module).forward(site.module, x)
         # Autograd forbids changing a view in place where a custom function made it. The base of
         # this one is a temporary that nobody else sees (F.linear flattens [N, T] for its product).
         return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
@@ -58,38 +58,33 @@ class _Intercepted(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None) -> tuple[Any, ...]:
-        nothing = (None,) * len(ctx.local)
+        nothing = (None,) * ctx.num_params
         if grad_out is None:
             return (None, None, None, *nothing, *(None,) * ctx.num_anchors)
-        x, *tensors = ctx.saved_tensors
-        with torch.autocast(grad_out.device.type, enabled=False):
-            grad_x = None
-            if ctx.needs_input_grad[2]:
-                params = dict(zip(ctx.local, tensors, strict=True))
-                grad_x = ctx.site.rule.input_grad(params, x, grad_out).to(ctx.x_dtype)
-            return (None, None, grad_x, *nothing, *ctx.site.consume(ctx.site, x, grad_out))
+        site, x, grad_x = ctx.site, ctx.saved_tensors[0], None
+        device, dtype, enabled = ctx.autocast
+        if ctx.needs_input_grad[2]:
+            with torch.autocast(device, dtype, enabled=enabled):  # as in the forward pass
+                grad_x = site.rule.input_grad(site.module, x, grad_out).to(ctx.x_dtype)
+        with torch.autocast(device, enabled=False):
+            return (None, None, grad_x, *nothing, *site.consume(site, x, grad_out))
 
 
-def run_intercepted(
-    site: Site, params: Mapping[str, Tensor], x: Tensor, anchors: Sequence[Tensor] = ()
-) -> Tensor:
+def run_intercepted(site: Site, x: Tensor, anchors: Sequence[Tensor] = ()) -> Tensor:
     """The module's output, with its backward replaced.
 
+    The parameters that the rule covers get no gradient; the tensor hooks of those that require one
+    fire with None once their last use is done.
+
     Args:
-        site: Names the rule and the consumer.
-        params: The module's own tensors by local name. They get no gradient; the tensor hooks of
-            those that require one fire with None once their last use is done.
+        site: The module, its rule and its consumer.
         x: The module's input.
         anchors: Tensors whose gradients the consumer returns.
     """
-    y: Tensor = _Intercepted.apply(site, tuple(params), x, *params.values(), *anchors)  # type: ignore[no-untyped-call]
+    own = site.module._parameters
+    params = [p for name in site.rule.params if (p := own.get(name)) is not None]
+    y: Tensor = _Intercepted.apply(site, len(params), x, *params, *anchors)  # type: ignore[no-untyped-call]
     return y
-
-
-def original_class(module: nn.Module) -> type[nn.Module]:
-    """The class that the module had before fishkern exchanged it."""
-    cls: type[nn.Module] = getattr(type(module), "_fishkern_original", type(module))
-    return cls
 
 
 Members = Callable[[type[nn.Module]], dict[str, Any]]
@@ -115,12 +110,8 @@ def _forward_members(cls: type[nn.Module]) -> dict[str, Any]:
         site: Site = self.__dict__["_fishkern_site"]
         if len(args) != 1 or kwargs:  # not the call that the rule describes: an ordinary use
             return cls.forward(self, *args, **kwargs)
-        if site.called is not None:
-            site.called(site, args[0])
-        if not torch.is_grad_enabled():
-            return cls.forward(self, *args)
-        params = {n: p for n in site.rule.params if (p := self._parameters.get(n)) is not None}
-        return run_intercepted(site, params, args[0])
+        x = args[0] if site.called is None else site.called(site, args[0])
+        return run_intercepted(site, x) if torch.is_grad_enabled() else cls.forward(self, x)
 
     return {"forward": forward}
 
@@ -138,16 +129,6 @@ def intercepted(sites: Mapping[nn.Module, Site]) -> Iterator[None]:
         for module, cls in before.items():
             module.__class__ = cls
             module.__dict__.pop("_fishkern_site", None)
-
-
-def can_intercept(module: nn.Module) -> Rule | None:
-    """The module's rule, if its forward is the one that the rule describes."""
-    if "forward" in module.__dict__:  # somebody replaced this one module's forward
-        return None
-    rule = rule_for(original_class(module))
-    if rule is not None and not module._parameters.keys() >= set(rule.params):
-        return None  # made anew for each call, from others (weight_norm and pruning by hooks)
-    return rule
 
 
 @contextmanager

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fishkern.functional import linear_fisher_
@@ -15,22 +13,20 @@ from fishkern.interception.rules import Rule, register_rule
 class LinearRule(Rule):
     """``y = x W^T + b`` with W ``[O, I]``."""
 
-    def forward(self, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        """As ``nn.Linear``."""
-        return F.linear(x, params["weight"], params.get("bias"))
+    autocasts = True
 
-    def input_grad(self, params: Mapping[str, Tensor], x: Tensor, grad_out: Tensor) -> Tensor:
+    def input_grad(self, module: nn.Module, x: Tensor, grad_out: Tensor) -> Tensor:
         """``grad_out W``."""
-        return grad_out @ params["weight"].to(grad_out.dtype)
+        return grad_out @ _weight(module).to(grad_out.dtype)
 
-    def param_grad(self, name: str, x: Tensor, grad_out: Tensor) -> Tensor:
+    def param_grad(self, module: nn.Module, name: str, x: Tensor, grad_out: Tensor) -> Tensor:
         """``sum_nt grad_out x^T``; for the bias ``sum_nt grad_out``."""
         g = grad_out.reshape(-1, grad_out.shape[-1])
-        if name == "bias":
-            return g.sum(0)
-        return g.T @ x.reshape(-1, x.shape[-1]).to(g.dtype)
+        return g.sum(0) if name == "bias" else g.T @ x.reshape(-1, x.shape[-1]).to(g.dtype)
 
-    def fisher_(self, fishers: Mapping[str, Tensor], x: Tensor, grad_out: Tensor) -> None:
+    def fisher_(
+        self, module: nn.Module, fishers: Mapping[str, Tensor], x: Tensor, grad_out: Tensor
+    ) -> None:
         """``sum_n (sum_t grad_out x^T)^2``, with the bias in the same pass."""
         if "weight" in fishers:
             linear_fisher_(fishers["weight"], x, grad_out, bias_fisher=fishers.get("bias"))
@@ -41,24 +37,20 @@ class LinearRule(Rule):
 class Conv1DRule(Rule):
     """``y = x W + b`` with W ``[I, O]``, as in GPT-2."""
 
-    def forward(self, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        """As transformers' ``Conv1D``."""
-        weight, bias = params["weight"], params["bias"]
-        y = torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight)
-        return y.view(*x.shape[:-1], weight.shape[1])
+    autocasts = True
 
-    def input_grad(self, params: Mapping[str, Tensor], x: Tensor, grad_out: Tensor) -> Tensor:
+    def input_grad(self, module: nn.Module, x: Tensor, grad_out: Tensor) -> Tensor:
         """``grad_out W^T``."""
-        return grad_out @ params["weight"].to(grad_out.dtype).T
+        return grad_out @ _weight(module).to(grad_out.dtype).T
 
-    def param_grad(self, name: str, x: Tensor, grad_out: Tensor) -> Tensor:
+    def param_grad(self, module: nn.Module, name: str, x: Tensor, grad_out: Tensor) -> Tensor:
         """``sum_nt x grad_out^T``; for the bias ``sum_nt grad_out``."""
         g = grad_out.reshape(-1, grad_out.shape[-1])
-        if name == "bias":
-            return g.sum(0)
-        return x.reshape(-1, x.shape[-1]).to(g.dtype).T @ g
+        return g.sum(0) if name == "bias" else x.reshape(-1, x.shape[-1]).to(g.dtype).T @ g
 
-    def fisher_(self, fishers: Mapping[str, Tensor], x: Tensor, grad_out: Tensor) -> None:
+    def fisher_(
+        self, module: nn.Module, fishers: Mapping[str, Tensor], x: Tensor, grad_out: Tensor
+    ) -> None:
         """The linear layer's kernel with the two sides exchanged: W is ``[I, O]``."""
         if "weight" in fishers:
             linear_fisher_(fishers["weight"], grad_out, x)
@@ -68,8 +60,14 @@ class Conv1DRule(Rule):
 
 def bias_fisher_(fisher: Tensor, grad_out: Tensor) -> None:
     """``fisher += sum_n (sum_t grad_out[n, t])^2`` with fisher ``[O]``, grad_out ``[N, *, O]``."""
-    per_sample = grad_out.reshape(len(grad_out), -1, grad_out.shape[-1]).sum(1, dtype=fisher.dtype)
+    per_sample = grad_out.flatten(1, -2).sum(1, dtype=fisher.dtype)
     fisher += per_sample.square_().sum(0)
+
+
+def _weight(module: nn.Module) -> Tensor:
+    weight = module._parameters["weight"]
+    assert weight is not None
+    return weight
 
 
 register_rule(nn.Linear, LinearRule())

@@ -1,49 +1,107 @@
-"""The registry of layer types: what each computes, and what its gradients are made of."""
+"""The registry of layer types: what the gradients of each are made of."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 _RULES: dict[str, Rule] = {}
 
 
-class Rule(ABC):
-    """One layer type. ``params`` holds the module's own tensors by their local names.
+class Rule:
+    """How a layer's gradients follow from its input x and the gradient grad_out at its output.
 
-    A rule is stateless: it serves every module of its type. x is the module's one input,
-    grad_out the gradient at its output, in the dtype of the output.
+    One method is needed, ``sample_grads``; the others have defaults made of it and of the layer's
+    own forward, to be replaced where there is a cheaper way. A rule is stateless: it serves every
+    module of its type, for scoring and for training. ``params`` names the module's parameters that
+    it covers.
+
+    Example:
+        A layer that scales its features::
+
+            class Scale(nn.Module):
+                def __init__(self, features):
+                    super().__init__()
+                    self.weight = nn.Parameter(torch.ones(features))
+
+                def forward(self, x):
+                    return x * self.weight
+
+
+            class ScaleRule(Rule):
+                params = ("weight",)
+
+                def sample_grads(self, module, x, grad_out):
+                    return {"weight": (grad_out * x).sum(1)}  # over the tokens
+
+
+            register_rule(Scale, ScaleRule())
     """
 
     #: Local names of the parameters that the rule covers.
     params: ClassVar[tuple[str, ...]] = ("weight", "bias")
-    #: How many trailing dimensions of x and of the output are features, not samples or tokens.
-    feature_dims: ClassVar[int] = 1
+    #: Whether autocast lets the layer compute in the narrow dtype, so that the input is kept in it.
+    autocasts: ClassVar[bool] = False
+    #: Whether an input of length 1 in dimension 0 (position ids) may stand for every sample.
+    broadcasts: ClassVar[bool] = False
 
-    @abstractmethod
-    def forward(self, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        """The module's output, exactly as the module computes it."""
+    def covers(self, module: nn.Module) -> bool:
+        """Whether this module, of the rule's type, is one that the rule describes."""
+        return True
 
-    @abstractmethod
-    def input_grad(self, params: Mapping[str, Tensor], x: Tensor, grad_out: Tensor) -> Tensor:
-        """The gradient with respect to x."""
+    def input_dims(self, module: nn.Module) -> int:
+        """How many trailing dimensions of x are features: not samples, not tokens."""
+        return 1
 
-    @abstractmethod
-    def param_grad(self, name: str, x: Tensor, grad_out: Tensor) -> Tensor:
-        """The dense gradient of one parameter, summed over all samples and tokens."""
+    def output_dims(self, module: nn.Module) -> int:
+        """The same of the output."""
+        return 1
 
-    @abstractmethod
-    def fisher_(self, fishers: Mapping[str, Tensor], x: Tensor, grad_out: Tensor) -> None:
-        """Add the squares of the samples' own gradients to each accumulator, in place.
+    def sample_grads(self, module: nn.Module, x: Tensor, grad_out: Tensor) -> dict[str, Tensor]:
+        """Each sample's own gradients.
 
         Args:
-            fishers: Float32 accumulators of the parameters' shapes by local name; any subset.
-            x: ``[N, *, features]``, samples first.
-            grad_out: ``[N, *, features]``, samples first.
+            module: The layer; its parameters are not needed most often.
+            x: ``[N, T, *features]``: N samples of T tokens.
+            grad_out: ``[N, T, *features]``.
+
+        Returns:
+            For each parameter by its local name ``[N, *shape]``.
         """
+        raise NotImplementedError(f"{type(self).__name__} has no sample_grads")
+
+    def fisher_(
+        self, module: nn.Module, fishers: Mapping[str, Tensor], x: Tensor, grad_out: Tensor
+    ) -> None:
+        """Add the squares of the samples' gradients to float32 accumulators, in place.
+
+        Args:
+            module: The layer.
+            fishers: Accumulators of the parameters' shapes by local name; any subset.
+            x: As for ``sample_grads``.
+            grad_out: As for ``sample_grads``.
+        """
+        wide = torch.promote_types(grad_out.dtype, torch.float32)
+        x = x.to(wide) if x.is_floating_point() else x
+        grads = self.sample_grads(module, x, grad_out.to(wide))
+        for name, fisher in fishers.items():
+            fisher += grads[name].to(fisher.dtype).square().sum(0)
+
+    def param_grad(self, module: nn.Module, name: str, x: Tensor, grad_out: Tensor) -> Tensor:
+        """The dense gradient of one parameter, over everything there is, in any layout."""
+        x = _one_sample(x, self.input_dims(module))
+        grad_out = _one_sample(grad_out, self.output_dims(module))
+        return self.sample_grads(module, x, grad_out)[name][0]
+
+    def input_grad(self, module: nn.Module, x: Tensor, grad_out: Tensor) -> Tensor:
+        """The gradient at x; by default the layer's forward is computed again for it."""
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            y = original_class(module).forward(module, x)
+        return torch.autograd.grad(y, x, grad_out)[0]
 
 
 def register_rule(module_type: type[nn.Module] | str, rule: Rule) -> None:
@@ -52,15 +110,37 @@ def register_rule(module_type: type[nn.Module] | str, rule: Rule) -> None:
     Args:
         module_type: The exact type (a subclass may compute something else, so it needs a rule of
             its own), or its qualified name where its package should not be imported.
-        rule: What the layer computes.
+        rule: How its gradients are made.
     """
     name = module_type if isinstance(module_type, str) else _qualified_name(module_type)
     _RULES[name] = rule
 
 
-def rule_for(module_type: type[nn.Module]) -> Rule | None:
-    """The rule of exactly this type, or None."""
-    return _RULES.get(_qualified_name(module_type))
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class that the module had before fishkern exchanged it."""
+    cls: type[nn.Module] = getattr(type(module), "_fishkern_original", type(module))
+    return cls
+
+
+def registered(cls: type[nn.Module]) -> Rule | None:
+    """The rule of exactly this type, or of its bare name."""
+    return _RULES.get(_qualified_name(cls)) or _RULES.get(cls.__name__)
+
+
+def rule_for(module: nn.Module) -> Rule | None:
+    """The module's rule, if its forward and its parameters are what the rule describes."""
+    if "forward" in module.__dict__:  # somebody replaced this one module's forward
+        return None
+    rule = registered(original_class(module))
+    # Parameters may be made anew for each call, from others (weight_norm and pruning by hooks).
+    if rule is None or not module._parameters.keys() >= set(rule.params):
+        return None
+    return rule if rule.covers(module) else None
+
+
+def _one_sample(tensor: Tensor, feature_dims: int) -> Tensor:
+    """All samples and tokens as the tokens of one sample."""
+    return tensor.reshape(1, -1, *tensor.shape[tensor.dim() - feature_dims :])
 
 
 def _qualified_name(module_type: type) -> str:

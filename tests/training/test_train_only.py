@@ -350,7 +350,6 @@ def test_report_names_every_trained_tensor():
         assert (name in report) == bool(len(mask[name]))
     assert f"{mask.num_selected:,}" in report
     assert "rule" in report
-    assert "alias" in report
 
 
 ERRORS = {
