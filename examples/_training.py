@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+import warnings
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -24,6 +25,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 logging.set_verbosity_error()  # it would report the head, which is new and has to be
 logging.disable_progress_bar()
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing`")  # PEFT's word for it is older
 
 
 @dataclass

@@ -14,8 +14,8 @@ from _data import Data, load_data
 from _training import Task, num_candidates
 
 GRIDS = {
-    quickstart.train_lora: (1e-3, 2e-3, 5e-3),
-    quickstart.train_fish_lora: (1e-3, 3e-3, 1e-2),
+    quickstart.train_lora: (1e-3, 2e-3, 5e-3, 1e-2, 2e-2),
+    quickstart.train_fish_lora: (1e-3, 3e-3, 1e-2, 2e-2),
     quickstart.train_fish_base: (1e-3, 3e-3, 1e-2),
 }
 
