@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -150,11 +151,12 @@ def _buffers(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def random_state() -> Iterator[None]:
-    """The random states of torch and of Python are put back."""
-    state = random.getstate()
+    """The random states of torch, of Python and of numpy are put back."""
+    state, of_numpy = random.getstate(), np.random.get_state()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     try:
         with torch.random.fork_rng(devices=list(devices)):
             yield
     finally:
         random.setstate(state)
+        np.random.set_state(of_numpy)

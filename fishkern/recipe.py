@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from fishkern.diagonal import FisherDiagonal
@@ -16,7 +18,8 @@ from fishkern.losses import LossFn, default_loss
 from fishkern.masks import select as select_entries
 from fishkern.names import match, named_parameters
 from fishkern.optim import FishSparseAdamW
-from fishkern.preserve import random_state
+from fishkern.preserve import _attributes, _buffers, _hooks_aside, random_state
+from fishkern.train_only import attached
 from fishkern.train_only import train_only as attach
 
 __all__ = ["create_fish_optimizer"]
@@ -37,7 +40,7 @@ def create_fish_optimizer(
     *,
     density: float,
     lr: float,
-    num_samples: int = 128,
+    num_samples: int | None = 128,
     warmup_steps: int | None = None,
     keep: str | Iterable[str] = (),
     train_only: bool = False,
@@ -59,7 +62,7 @@ def create_fish_optimizer(
             can be (a list, a DataLoader), otherwise warm-up takes the first ones.
         density: Share of the candidates (without ``keep``) to train.
         lr: Learning rate of the optimizer.
-        num_samples: How many samples to score with.
+        num_samples: How many samples to score with; None: all.
         warmup_steps: AdamW steps at ``1e-3`` before scoring. None: 30 where a whole matrix is
             zero, as in a fresh adapter, or where something is kept; else 0.
         keep: Globs of parameters to train whole, such as a new head: not ranked, not counted.
@@ -73,7 +76,9 @@ def create_fish_optimizer(
         The optimizer, with ``.mask`` and ``.fisher``.
 
     Raises:
-        ValueError: As from ``estimate_fisher`` and ``select``.
+        ValueError: As from ``estimate_fisher``, ``select`` and ``FishSparseAdamW``; a wrong
+            argument is refused before any work is done.
+        RuntimeError: ``train_only`` is attached to the model or to a part of it.
 
     Example:
         >>> import torch, fishkern
@@ -87,6 +92,9 @@ def create_fish_optimizer(
         >>> optimizer.mask.num_selected
         4
     """
+    _check(model, density, num_samples, warmup_steps)
+    # The optimizer's own arguments are refused by itself, and before the work.
+    FishSparseAdamW([torch.zeros(1)], lr=lr, mask=None, **adamw_kwargs)
     candidates = {n: p for n, p in named_parameters(model).items() if p.requires_grad}
     kept = match(candidates, keep, "keep") if keep else []
     fresh = any(p.dim() > 1 and not bool(p.any()) for p in candidates.values())
@@ -96,19 +104,43 @@ def create_fish_optimizer(
     with ExitStack() as stack:
         if warmup_steps:
             warmed = candidates if fresh or not kept else {n: candidates[n] for n in kept}
-            stack.enter_context(_rewound(warmed.values()))
-            stack.enter_context(random_state())
+            stack.enter_context(_rewound(model, warmed.values()))
             _warm_up(model, supply, warmed, warmup_steps, loss_fn, progress)
         fisher = estimate_fisher(
             model, supply, loss_fn=loss_fn, num_samples=num_samples, progress=progress
         )
     mask = select_entries(fisher, density=density, keep=keep)
-    if train_only:
-        attach(model, mask)
-    optimizer = _FishOptimizer(model.named_parameters(), lr=lr, mask=mask, **adamw_kwargs)
+    handle = attach(model, mask) if train_only else None
+    try:
+        optimizer = _FishOptimizer(model.named_parameters(), lr=lr, mask=mask, **adamw_kwargs)
+    except BaseException:
+        if handle is not None:
+            handle.remove()
+        raise
     optimizer._mask_is_computed = True
     optimizer.fisher = fisher
     return optimizer
+
+
+def _check(
+    model: nn.Module, density: float, num_samples: int | None, warmup_steps: int | None
+) -> None:
+    """Refuse before the work what would be refused after it."""
+    parts = [name for name, module in model.named_modules() if attached(module) is not None]
+    if parts:
+        where = f"its part {parts[0]!r}" if parts[0] else "it"
+        raise RuntimeError(
+            f"train_only is attached to {where} already: call "
+            f"fishkern.attached(...).remove() first, or set a new mask on its handle"
+        )
+    if not isinstance(density, numbers.Real):
+        raise TypeError(f"density is {density!r}: pass a number")
+    if not 0 <= density <= 1:
+        raise ValueError(f"density is {density}: it is a share from 0 to 1, 5 % being 0.05")
+    if num_samples is not None and num_samples < 1:
+        raise ValueError(f"num_samples is {num_samples}: score at least one sample")
+    if warmup_steps is not None and warmup_steps < 0:
+        raise ValueError(f"warmup_steps is {warmup_steps}: pass 0 for none, or None to choose")
 
 
 class _Supply:
@@ -133,18 +165,42 @@ class _Supply:
 
 
 @contextmanager
-def _rewound(params: Iterable[nn.Parameter]) -> Iterator[None]:
-    """The parameters' values and gradients are put back at the end."""
-    before = [(param, param.detach().clone(), param.grad) for param in params]
-    for param, _, _ in before:
-        param.grad = None
+def _rewound(model: nn.Module, params: Iterable[nn.Parameter]) -> Iterator[None]:
+    """At the end all is as before: ``params``, every gradient, buffers, modes, random states."""
+    params = list(params)
+    values = [param.detach().clone() for param in params]
+    grads = [(param, param.grad) for param in model.parameters()]
+    with ExitStack() as stack:
+        stack.enter_context(random_state())
+        stack.enter_context(_attributes(model))
+        stack.enter_context(_buffers(model))
+        stack.enter_context(_hooks_aside(params))
+        for param, _ in grads:
+            param.grad = None
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for param, value in zip(params, values, strict=True):
+                    param.copy_(value)
+            for param, grad in grads:
+                param.grad = grad
+
+
+@contextmanager
+def _only_trainable(model: nn.Module, params: Iterable[nn.Parameter]) -> Iterator[None]:
+    """No other parameter requires a gradient; flags as before at the end."""
+    trained = {id(param) for param in params}
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in trained]
+    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+        others = []  # its reducer waits for every gradient that it was built for
+    for param in others:
+        param.requires_grad_(False)
     try:
         yield
     finally:
-        with torch.no_grad():
-            for param, value, grad in before:
-                param.copy_(value)
-                param.grad = grad
+        for param in others:
+            param.requires_grad_(True)
 
 
 def _warm_up(
@@ -161,11 +217,12 @@ def _warm_up(
     training = [(module, module.training) for module in model.modules()]
     model.train()
     try:
-        batches = supply.endless()
-        for _ in tqdm(range(steps), desc="Warm-up", unit="step", disable=not progress):
-            loss_fn(model, next(batches)).mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
+        with _only_trainable(model, params.values()):
+            batches = supply.endless()
+            for _ in tqdm(range(steps), desc="Warm-up", unit="step", disable=not progress):
+                loss_fn(model, next(batches)).mean().backward()
+                optimizer.step()
+                model.zero_grad()
     finally:
         for module, mode in training:
             module.training = mode
