@@ -21,6 +21,7 @@ from fishkern.interception import Site, original_class, registered, run_intercep
 
 CHILD = "fishkern_leaves"  # the name of the child module that holds an owner's leaves
 INDICES = "_indices"
+SETTLED = "_settled"
 
 #: Where each leaf's values belong, for the optimizer's kernel: leaf -> (its module, local name).
 _homes: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -42,10 +43,21 @@ class Home(NamedTuple):
 
 
 def home_of(leaf: Tensor) -> Home | None:
-    """The weight behind a leaf, as it is now; None for any other tensor."""
-    entry = _homes.get(leaf)
-    leaves = entry[0]() if entry is not None else None
-    return None if leaves is None else leaves.home(entry[1])
+    """The weight behind a leaf, as it is now; None for any other tensor.
+
+    Raises:
+        RuntimeError: The leaf was detached from its weight by ``handle.remove()``.
+    """
+    if leaf not in _homes:
+        return None
+    leaves, name = _homes[leaf]
+    if leaves is None:
+        raise RuntimeError(
+            f"a leaf of {leaf.numel()} numbers belongs to no weight any more, since train_only was "
+            f"removed: build a new optimizer for the model's own parameters"
+        )
+    owner = leaves()
+    return None if owner is None else owner.home(name)
 
 
 class Alias(torch.autograd.Function):
@@ -55,6 +67,7 @@ class Alias(torch.autograd.Function):
     def forward(ctx: Any, weight: Tensor, leaf: Tensor, indices: Tensor) -> Tensor:
         """The weight itself, without a copy."""
         ctx.save_for_backward(indices)
+        ctx.dtype = leaf.dtype
         ctx.set_materialize_grads(False)
         return weight.detach()
 
@@ -63,7 +76,7 @@ class Alias(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None) -> tuple[None, Tensor | None, None]:
         """``grad.flatten()[indices]`` for the leaf, nothing for the weight."""
         (indices,) = ctx.saved_tensors
-        return None, None if grad is None else gather(grad, indices), None
+        return None, None if grad is None else gather(grad, indices, ctx.dtype), None
 
 
 class Leaves(nn.Module):
@@ -71,18 +84,24 @@ class Leaves(nn.Module):
 
     Nothing of it is in ``state_dict()``: the owner's weights hold the same values. The leaves stay
     float32 whatever the model is cast to.
+
+    Each value exists twice, in its leaf and in its weight, and either may be written by others:
+    optimizers and averages write leaves; loading, merging and users write weights, also through
+    ``.data``, which no version counter sees. ``reconcile`` therefore compares both with what both
+    were when it last ran, entry by entry.
     """
 
     def __init__(self, owner: nn.Module) -> None:
         super().__init__()
         self._owner = [owner]  # in a list, so that it is not taken for a child
-        self._versions: dict[str, int] = {}
+        self._seen: dict[str, tuple[int, int, int]] = {}
 
     def add(self, name: str, leaf: nn.Parameter, indices: Tensor) -> None:
         """Take over the owner's weight ``name``."""
         self.register_parameter(name, leaf)
         self.register_buffer(name + INDICES, indices, persistent=False)
-        self._settle()
+        self.register_buffer(name + SETTLED, leaf.detach().clone(), persistent=False)
+        self._register()
 
     def home(self, name: str) -> Home:
         """The weight behind a leaf."""
@@ -97,37 +116,53 @@ class Leaves(nn.Module):
             assert leaf is not None
             yield (name, leaf, *self.home(name))
 
-    @torch.no_grad()
-    def push(self) -> None:
-        """Leaf to weight: the weight gets the leaf's values, rounded to its dtype."""
-        for name, leaf, weight, indices in self.items():
-            scatter(weight, indices, leaf)
-            self._versions[name] = weight._version
+    @property
+    def on_gpu(self) -> bool:
+        """Whether comparing costs launches."""
+        return any(leaf is not None and leaf.is_cuda for leaf in self._parameters.values())
 
     @torch.no_grad()
-    def pull(self) -> None:
-        """Weight to leaf, where a weight was written since: elementwise.
+    def reconcile(self, *, thorough: bool = True) -> None:
+        """Bring leaf and weight together.
 
-        A leaf whose rounding is what stands in the weight keeps its more precise value.
+        A weight's entry that was written goes to the leaf - unless it is the leaf's own rounding,
+        whose more precise value then stays; any other entry of the weight gets the leaf's value.
+
+        Args:
+            thorough: Also look where no version counter moved since the last time.
         """
         for name, leaf, weight, indices in self.items():
-            if weight._version != self._versions.get(name):
-                values = gather(weight, indices)
-                kept = leaf.to(weight.dtype) == values.to(weight.dtype)
-                leaf.copy_(torch.where(kept, leaf, values))
-                self._versions[name] = weight._version
+            if not isinstance(weight, nn.Parameter):
+                continue  # lent to the module for one call, by torch.func.functional_call
+            if not thorough and self._seen.get(name) == _stamp(leaf, weight):
+                continue
+            settled = self._buffers[name + SETTLED]
+            assert settled is not None
+            values = gather(weight, indices, leaf.dtype)
+            written = (values != settled) & (values != rounded(leaf, weight.dtype))
+            leaf.copy_(torch.where(written, values, leaf))
+            scatter(weight, indices, leaf)
+            settled.copy_(rounded(leaf, weight.dtype))
+            self._seen[name] = _stamp(leaf, weight)
 
-    def freeze_owner(self) -> None:
-        """Adapter libraries switch their weights' flags: the dense weights stay frozen."""
-        for _, _, weight, _ in self.items():
-            if weight.requires_grad:
-                weight.requires_grad_(False)
+    @torch.no_grad()
+    def push(self) -> None:
+        """Leaf to weight, after an optimizer has written the leaves."""
+        for name, leaf, weight, indices in self.items():
+            scatter(weight, indices, leaf)
+            self._settle(name, leaf, weight)
 
-    def _settle(self) -> None:
-        """Make the homes known; what stands in the weights is what stands in the leaves."""
-        self._register()
-        for name, _, weight, _ in self.items():
-            self._versions[name] = weight._version
+    @torch.no_grad()
+    def settle(self) -> None:
+        """The weights have been written along with the leaves."""
+        for name, leaf, weight, _ in self.items():
+            self._settle(name, leaf, weight)
+
+    def _settle(self, name: str, leaf: Tensor, weight: Tensor) -> None:
+        settled = self._buffers[name + SETTLED]
+        assert settled is not None
+        settled.copy_(rounded(leaf, weight.dtype))
+        self._seen[name] = _stamp(leaf, weight)
 
     def _register(self) -> None:
         global _generation
@@ -135,43 +170,66 @@ class Leaves(nn.Module):
         for name, leaf in self._parameters.items():
             _homes[leaf] = (weakref.ref(self), name)
 
+    def unregister(self) -> None:
+        """The leaves are detached: nothing follows them any more."""
+        global _generation
+        _generation += 1
+        for leaf in self._parameters.values():
+            _homes[leaf] = (None, "")
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        self.push()  # the owner's tensors are in the dict already; they share their memory
+        self.reconcile()  # the owner's tensors are in the dict already; they share their memory
 
     def _load_from_state_dict(self, *args: Any) -> None:
         # The owner's tensors were loaded just before, possibly replaced (assign=True).
         self._register()
-        self._versions.clear()
-        self.pull()
-        self.freeze_owner()
+        self.reconcile()
+        for _, _, weight, _ in self.items():
+            weight.requires_grad_(False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Leaves:
         """Follow the model to another device, but not to another dtype."""
+        self.reconcile()
 
         def move(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             return tensor.to(moved.device) if tensor.is_floating_point() else moved
 
         super()._apply(move, recurse)  # type: ignore[no-untyped-call]
-        self._settle()
+        self._register()
+        self._seen.clear()
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._register()
-        self._versions = {}  # of other tensors; the next pull compares
+        self._seen = {}  # of other tensors
 
 
-def gather(tensor: Tensor, indices: Tensor) -> Tensor:
-    """The entries at flat positions, float32."""
+def _stamp(leaf: Tensor, weight: Tensor) -> tuple[int, int, int]:
+    return id(weight), weight._version, leaf._version
+
+
+def rounded(leaf: Tensor, dtype: torch.dtype) -> Tensor:
+    """The leaf's values as a weight of this dtype holds them, in the leaf's own dtype."""
+    return leaf.detach().to(dtype).to(leaf.dtype)
+
+
+def gather(tensor: Tensor, indices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The entries at flat positions."""
     if tensor.is_contiguous():
-        return tensor.view(-1)[indices].float()
-    return tensor.take(indices.long()).float()
+        return tensor.detach().view(-1)[indices].to(dtype)
+    return tensor.detach().take(indices.long()).to(dtype)
+
+
+def leaf_dtype(weight: Tensor) -> torch.dtype:
+    """float32, or float64 for a float64 weight."""
+    return torch.promote_types(weight.dtype, torch.float32)
 
 
 def scatter(tensor: Tensor, indices: Tensor, values: Tensor) -> None:
     """Write entries at flat positions, in the tensor's dtype."""
-    values = values.to(tensor.dtype)
+    values = values.detach().to(tensor.dtype)
     if tensor.is_contiguous():
         tensor.data.view(-1)[indices] = values
     else:
@@ -232,19 +290,25 @@ def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         for name, param in params.items()
         if name in leaves._parameters or param.requires_grad
     }
-    indices = {name: leaves._buffers.get(name + INDICES) for name in anchors}
-    site = Site(self, rule, {}, functools.partial(_selected_gradients, indices))
+    selected = {
+        name: (leaves._buffers.get(name + INDICES), anchor.dtype)
+        for name, anchor in anchors.items()
+    }
+    site = Site(self, rule, {}, functools.partial(_selected_gradients, selected))
     return run_intercepted(site, args[0], list(anchors.values()))
 
 
 def _selected_gradients(
-    selected: Mapping[str, Tensor | None], site: Site, x: Tensor, grad_out: Tensor
+    selected: Mapping[str, tuple[Tensor | None, torch.dtype]],
+    site: Site,
+    x: Tensor,
+    grad_out: Tensor,
 ) -> list[Tensor]:
     """Each leaf's gradient: the dense one is formed, gathered from, and freed."""
     grads = []
-    for name, indices in selected.items():
+    for name, (indices, dtype) in selected.items():
         grad = site.rule.param_grad(site.module, name, x, grad_out)
-        grads.append(grad if indices is None else gather(grad, indices))
+        grads.append(grad.to(dtype) if indices is None else gather(grad, indices, dtype))
     return grads
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from fishkern.interception import exchange_class, original_class, rule_for
-from fishkern.leaves import CHILD, Leaves, gather, owner_members
+from fishkern.leaves import CHILD, Leaves, gather, leaf_dtype, owner_members
 from fishkern.masks import SparseMask
 from fishkern.names import canonical_name, named_parameters, suggest
 
@@ -75,8 +75,9 @@ def train_only(model: nn.Module, mask: SparseMask, *, unlisted: str = "error") -
 
 
 def attached(model: nn.Module) -> Handle | None:
-    """The handle of a model that ``train_only`` is attached to, or None."""
-    handle: Handle | None = model.__dict__.get(_ATTACHMENT)
+    """The handle of a model that ``train_only`` is attached to, or is part of one; or None."""
+    found = (module.__dict__.get(_ATTACHMENT) for module in model.modules())
+    handle: Handle | None = next((handle for handle in found if handle is not None), None)
     return handle
 
 
@@ -97,10 +98,7 @@ class Handle:
             for local, param in module._parameters.items()
             if param is not None
         ]
-        self._flags = {
-            name: bool(module._parameters[local].requires_grad)  # type: ignore[union-attr]
-            for module, local, name in self._dense
-        }
+        self._flags = self._current_flags()
         self._keep_trainable = keep_trainable
 
     @property
@@ -120,9 +118,9 @@ class Handle:
             yield param
 
     def sync(self) -> None:
-        """Write the leaves' values into the weights (done after every optimizer step)."""
+        """Bring leaves and weights together (done after every optimizer step)."""
         for leaves in self._leaves():
-            leaves.push()
+            leaves.reconcile()
 
     def report(self) -> str:
         """A table: each trained tensor, its selected entries, and how its gradient is formed."""
@@ -144,20 +142,25 @@ class Handle:
 
     def remove(self) -> None:
         """Synchronise, then leave the model as it was, with the trained weights in it."""
-        if attached(self._model) is not self:
+        if not any(True for _ in self._leaves()):
             return
         self.sync()
-        self._detach()
+        for leaves in self._detach().values():
+            leaves.unregister()
+        self._restore_flags(self._flags)
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
         """The model as it was before attaching, with its flags; attached again afterwards."""
         self.sync()
+        now = self._current_flags()
         stashed = self._detach()
+        self._restore_flags(self._flags)
         try:
             yield
         finally:
             self._attach(stashed)
+            self._restore_flags(now)
 
     def __enter__(self) -> Handle:
         return self
@@ -174,12 +177,40 @@ class Handle:
         _handles.add(self)
 
     def _leaves(self) -> Iterator[Leaves]:
-        for module in self._model.modules():
-            if isinstance(module, Leaves):
-                yield module
+        for module in {module: None for module, _, _ in self._dense}:
+            if isinstance(child := module._modules.get(CHILD), Leaves):
+                yield child
+
+    def _current_flags(self) -> dict[str, bool]:
+        return {
+            name: weight.requires_grad
+            for module, local, name in self._dense
+            if (weight := module._parameters.get(local)) is not None
+        }
+
+    def _restore_flags(self, flags: dict[str, bool]) -> None:
+        for module, local, name in self._dense:
+            if (weight := module._parameters.get(local)) is not None and name in flags:
+                weight.requires_grad_(flags[name])
+
+    def _freeze(self) -> None:
+        """Adapter libraries switch their weights' flags: the dense weights stay frozen."""
+        for module, local, name in self._dense:
+            weight = module._parameters.get(local)
+            if weight is not None and weight.requires_grad and name not in self._keep_trainable:
+                weight.requires_grad_(False)
+                weight.grad = None
+
+    def _attach(self, stashed: dict[nn.Module, Leaves] | None = None) -> None:
+        try:
+            self._attach_all(stashed)
+        except BaseException:
+            self._detach()
+            self._restore_flags(self._flags)
+            raise
 
     @torch.no_grad()
-    def _attach(self, stashed: dict[nn.Module, Leaves] | None = None) -> None:
+    def _attach_all(self, stashed: dict[nn.Module, Leaves] | None = None) -> None:
         owners: dict[nn.Module, list[tuple[str, str]]] = {}
         for module, local, name in self._dense:
             if name in self._mask and len(self._mask[name]):
@@ -195,17 +226,15 @@ class Handle:
                     assert weight is not None
                     indices = self._mask[name].to(weight.device)
                     if name not in leaves:  # a tied weight has one leaf
-                        leaves[name] = nn.Parameter(gather(weight, indices))
+                        leaves[name] = nn.Parameter(gather(weight, indices, leaf_dtype(weight)))
                     child.add(local, leaves[name], indices)
             names = tuple(local for local, _ in entries)
             rule = rule_for(module)
             by_rule = rule is not None and set(names) <= set(rule.params)
+            child.__dict__[_ATTACHMENT] = self  # so that any part of the model leads here
             module._modules[CHILD] = child
             exchange_class(module, owner_members(names, by_rule))
-        for module, local, name in self._dense:
-            weight = module._parameters[local]
-            if weight is not None and name not in self._keep_trainable:
-                weight.requires_grad_(False)
+        self._freeze()
         self._model.register_forward_pre_hook(_before_forward)
         self._model.__dict__[_ATTACHMENT] = self
         _handles.add(self)
@@ -217,9 +246,6 @@ class Handle:
                 stashed[module] = child
                 del module._modules[CHILD]
                 module.__class__ = original_class(module)
-        for module, local, name in self._dense:
-            if (weight := module._parameters.get(local)) is not None:
-                weight.requires_grad_(self._flags[name])
         hooks = self._model._forward_pre_hooks
         for key in [key for key, hook in hooks.items() if hook is _before_forward]:
             del hooks[key]
@@ -230,24 +256,28 @@ class Handle:
 
 def _before_forward(model: nn.Module, args: Any) -> None:
     """Bring both copies of each value together before they are used."""
-    handle = attached(model)
+    if torch.compiler.is_compiling():
+        return  # a compiled graph holds no such checks; each optimizer step brings them together
+    handle: Handle | None = model.__dict__.get(_ATTACHMENT)
     if handle is None:
         return
+    handle._freeze()
     for leaves in handle._leaves():
-        leaves.freeze_owner()
-        leaves.pull()
-        if not model.training:
-            leaves.push()  # somebody may have exchanged the leaves' values (EMA, SWA)
+        # On a GPU the full comparison would cost launches in each step: there, in training, only
+        # what a version counter shows is looked at.
+        leaves.reconcile(thorough=not (model.training and leaves.on_gpu))
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """After any optimizer's step the weights follow the leaves that it holds."""
-    if not _handles or getattr(optimizer, "writes_weights_of_leaves", False):
+    if not _handles:
         return
+    written = getattr(optimizer, "writes_weights_of_leaves", False)
     held = {id(param) for group in optimizer.param_groups for param in group["params"]}
     for handle in list(_handles):
         if any(id(leaf) in held for leaf in handle.parameters()):
-            handle.sync()
+            for leaves in handle._leaves():
+                leaves.settle() if written else leaves.push()
 
 
 register_optimizer_step_post_hook(_after_step)
@@ -260,17 +290,18 @@ def _check_model(model: nn.Module) -> None:
             f"the model is wrapped by {type(model).__name__}: attach train_only to the model "
             f"inside first, then wrap it"
         )
-    for name, module in model.named_modules():
-        if attached(module) is not None or isinstance(module, Leaves):
-            raise RuntimeError(
-                f"train_only is attached already (at {name or 'the model'!r}): call "
-                f"fishkern.attached(model).remove() first"
-            )
+    if (handle := attached(model)) is not None:
+        raise RuntimeError(
+            f"train_only is attached already ({handle!r}): call fishkern.attached(model).remove() "
+            f"first"
+        )
 
 
 def _check_mask(params: dict[str, nn.Parameter], mask: SparseMask) -> None:
     if not isinstance(mask, SparseMask):
         raise TypeError(f"mask is a {type(mask).__name__}: pass a SparseMask (fishkern.select)")
+    if mask.num_selected == 0:
+        raise ValueError("the mask selects nothing: there would be nothing to train")
     for name in mask:
         if name not in params:
             raise ValueError(

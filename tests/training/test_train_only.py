@@ -321,15 +321,131 @@ def test_unlisted_head_is_trained_whole_or_frozen():
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 2
 
 
-def test_a_weight_written_from_outside_reaches_its_leaf():
+@pytest.mark.parametrize("write", ["in_place", "data", "parameter"])
+@pytest.mark.parametrize("then", ["forward", "state_dict", "remove", "score", "to"])
+def test_a_weight_that_others_write_keeps_what_they_wrote(write, then):
     model = nn.Linear(4, 4)
     mask = SparseMask({"weight": torch.tensor([2, 9])}, {"weight": (4, 4)})
     handle = train_only(model, mask, unlisted="freeze")
-    (leaf,) = handle.parameters()
+    weight = model._parameters["weight"]
+    if write == "in_place":
+        with torch.no_grad():
+            weight.fill_(7.0)
+    elif write == "data":  # as PEFT merges adapters: no version counter moves
+        weight.data.fill_(7.0)
+    else:
+        model.weight = nn.Parameter(torch.full((4, 4), 7.0))
+    if then == "forward":
+        model(torch.randn(1, 4))
+    elif then == "state_dict":
+        model.state_dict()
+    elif then == "remove":
+        handle.remove()
+    elif then == "to":
+        model.to(torch.float64)
+    else:
+        batch = (torch.randn(3, 4), torch.randn(3, 4))
+        fishkern.estimate_fisher(
+            model, [batch], loss_fn=lambda m, b: (m(b[0]) - b[1]).square().sum(1), progress=False
+        )
+    assert model._parameters["weight"].tolist() == [[7.0] * 4] * 4
+
+
+def test_leaves_written_by_hand_count_in_training_mode():
+    model = nn.Linear(4, 4)
+    mask = SparseMask({"weight": torch.tensor([2, 9])}, {"weight": (4, 4)})
+    (leaf,) = train_only(model, mask, unlisted="freeze").parameters()
     with torch.no_grad():
-        model._parameters["weight"].fill_(7.0)
+        leaf.fill_(3.0)
     model(torch.randn(1, 4))
-    assert leaf.tolist() == [7.0, 7.0]
+    assert model._parameters["weight"].flatten()[[2, 9]].tolist() == [3.0, 3.0]
+
+
+def test_functional_call_leaves_the_leaves_alone():
+    model = nn.Linear(4, 4)
+    mask = SparseMask({"weight": torch.tensor([2, 9])}, {"weight": (4, 4)})
+    (leaf,) = train_only(model, mask, unlisted="freeze").parameters()
+    before = leaf.detach().clone()
+    torch.func.functional_call(model, {"weight": torch.zeros(4, 4)}, (torch.ones(1, 4),))
+    assert torch.equal(leaf, before)
+
+
+def test_float64_weights_have_float64_leaves():
+    model = nn.Linear(4, 4).double()
+    before = model.weight.detach().clone()
+    mask = SparseMask({"weight": torch.tensor([2, 9])}, {"weight": (4, 4)})
+    handle = train_only(model, mask, unlisted="freeze")
+    assert [leaf.dtype for leaf in handle.parameters()] == [torch.float64]
+    handle.remove()
+    assert torch.equal(model.weight, before)
+
+
+def test_flags_set_after_attaching_survive_scoring():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    mask = SparseMask({"0.weight": torch.tensor([3])}, {"0.weight": (4, 4)})
+    train_only(model, mask, unlisted="train")
+    model[1].bias.requires_grad_(False)
+    flags = [(n, p.requires_grad) for n, p in model.named_parameters()]
+    batch = (torch.randn(3, 4), torch.randn(3, 2))
+    fishkern.estimate_fisher(
+        model, [batch], loss_fn=lambda m, b: (m(b[0]) - b[1]).square().sum(1), progress=False
+    )
+    assert [(n, p.requires_grad) for n, p in model.named_parameters()] == flags
+
+
+def test_a_failing_attachment_leaves_no_trace(monkeypatch):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    before = [(type(m), sorted(m._modules)) for m in model.modules()]
+    flags = [p.requires_grad for p in model.parameters()]
+
+    def fail(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model, "register_forward_pre_hook", fail)
+    with pytest.raises(KeyboardInterrupt):
+        train_only(model, random_mask(model))
+    assert [(type(m), sorted(m._modules)) for m in model.modules()] == before
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert attached(model) is None
+
+
+def test_switched_flags_do_not_thaw_unselected_weights():
+    problem = PROBLEMS["bert-lora"]
+    model = problem.model()
+    mask = random_mask(model, density=0.1)
+    handle = train_only(model, mask)
+    with model.disable_adapter():
+        pass
+    model.set_adapter("default")
+    problem.loss(model, problem.batch()).backward()
+    leaves = {id(leaf) for leaf in handle.parameters()}
+    assert all(p.grad is None for p in model.parameters() if id(p) not in leaves)
+
+
+def test_merged_adapters_keep_their_delta():
+    problem = PROBLEMS["bert-lora"]
+    model = problem.model().eval()
+    base = model.base_model.model
+    names = [n for n, _ in base.named_parameters() if n.endswith("query.base_layer.weight")]
+    shapes = dict.fromkeys(names, (16, 16))
+    mask = SparseMask({n: torch.arange(0, 256, 3) for n in names}, shapes)
+    train_only(base, mask, unlisted="freeze")
+    expected = copy.deepcopy(model)
+    fishkern.attached(expected).remove()
+    merged, plain = model.merge_and_unload(), expected.merge_and_unload()
+    assert distance(weights(plain), weights(merged)) < 1e-6
+
+
+def test_an_optimizer_of_removed_leaves_is_refused():
+    model = nn.Linear(4, 4)
+    mask = SparseMask({"weight": torch.tensor([2, 9])}, {"weight": (4, 4)})
+    handle = train_only(model, mask, unlisted="freeze")
+    optimizer = FishSparseAdamW(model.named_parameters(), mask=mask)
+    model(torch.randn(1, 4)).sum().backward()
+    optimizer.step()
+    handle.remove()
+    with pytest.raises(RuntimeError, match="train_only was removed"):
+        optimizer.step()
 
 
 def test_exchanged_leaves_count_in_eval_mode():
@@ -360,6 +476,9 @@ ERRORS = {
     "unlisted": (lambda m: SparseMask({"0.weight": torch.tensor([0])}, {"0.weight": (4, 4)}),
                  {}, ValueError, ["'0.bias'", 'unlisted="train"', "requires_grad_(False)"]),
     "bad unlisted": (random_mask, {"unlisted": "maybe"}, ValueError, ["'maybe'", '"freeze"']),
+    "empty mask": (lambda m: SparseMask({"0.weight": torch.tensor([], dtype=torch.int64)},
+                                        {"0.weight": (4, 4)}),
+                   {}, ValueError, ["selects nothing"]),
     "not a mask": (lambda m: {}, {}, TypeError, ["dict", "SparseMask"]),
 }  # fmt: skip
 
