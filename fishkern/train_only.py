@@ -75,7 +75,16 @@ def train_only(model: nn.Module, mask: SparseMask, *, unlisted: str = "error") -
 
 
 def attached(model: nn.Module) -> Handle | None:
-    """The handle of a model that ``train_only`` is attached to, or is part of one; or None."""
+    """The handle of a model that ``train_only`` is attached to, or is part of one; or None.
+
+    Example:
+        >>> import torch, fishkern
+        >>> model = torch.nn.Linear(3, 2)
+        >>> mask = fishkern.SparseMask({"weight": torch.tensor([1, 5])}, {"weight": (2, 3)})
+        >>> handle = fishkern.train_only(model, mask, unlisted="freeze")
+        >>> attached(model) is handle, attached(torch.nn.Linear(3, 2))
+        (True, None)
+    """
     found = (module.__dict__.get(_ATTACHMENT) for module in model.modules())
     handle: Handle | None = next((handle for handle in found if handle is not None), None)
     return handle
