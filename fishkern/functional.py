@@ -171,7 +171,8 @@ def masked_adamw_(
         found_inf: 0-d float32: nothing at all is changed if it is not zero.
 
     Raises:
-        ValueError: Lists of different lengths, or shapes that do not fit.
+        ValueError: Lists of different lengths, shapes that do not fit, or indices that are not
+            ascending or out of range. Those on a GPU, or inside ``torch.compile``, are not read.
         TypeError: A dtype that is not the one named above.
 
     Example:
@@ -203,7 +204,7 @@ def masked_adamw_(
         list(max_exp_avg_sqs),
         list(masters),
         _step_vector(steps, params[0].device),
-        lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64),
+        lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64, device="cpu"),
         *betas,
         eps,
         weight_decay,
@@ -219,7 +220,7 @@ def _step_vector(steps: Sequence[Tensor | float] | Tensor, device: torch.device)
         return steps.to(torch.float32)
     if all(isinstance(step, Tensor) for step in steps):
         return torch.stack([step.to(torch.float32) for step in steps if isinstance(step, Tensor)])
-    return torch.tensor([float(step) for step in steps], dtype=torch.float32)
+    return torch.tensor([float(step) for step in steps], dtype=torch.float32, device="cpu")
 
 
 def _check_accumulator(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
@@ -237,6 +238,7 @@ def _check_entry(i: int, param: Tensor, entry: dict[str, Tensor]) -> None:
     if index.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"indices[{i}] has dtype {index.dtype}: pass int32 or int64")
     selected = index.numel()
+    _check_positions(i, index, param.numel())
     if selected == 0 and moments == param.numel():
         selected = moments  # every entry
     grad = entry["grads"]
@@ -253,3 +255,16 @@ def _check_entry(i: int, param: Tensor, entry: dict[str, Tensor]) -> None:
             raise TypeError(f"{name}[{i}] has dtype {tensor.dtype}: pass float32")
         if tensor.numel() != selected:
             raise ValueError(f"{name}[{i}] has {tensor.numel()} entries, selected are {selected}")
+
+
+def _check_positions(i: int, index: Tensor, numel: int) -> None:
+    """Refuse positions that a kernel would write outside the parameter, or from two threads."""
+    if index.numel() == 0 or index.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if index.dim() != 1:
+        raise ValueError(f"indices[{i}] has shape {list(index.shape)}: pass [k]")
+    if not bool((index[1:] > index[:-1]).all()):
+        raise ValueError(f"indices[{i}] is not strictly ascending: sort it, each position once")
+    for value in (int(index[0]), int(index[-1])):
+        if not 0 <= value < numel:
+            raise ValueError(f"indices[{i}] holds {value}, but params[{i}] has {numel} entries")

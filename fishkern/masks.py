@@ -131,10 +131,14 @@ class SparseMask(Mapping[str, Tensor]):
 
     def to(self, device: torch.device | str | int) -> SparseMask:
         """The same mask with its indices on another device; a bound mask stays bound."""
-        moved = object.__new__(type(self))
-        moved.__dict__ = dict(self.__dict__)
-        moved._indices = {name: index.to(device) for name, index in self.items()}
-        return moved
+        return self._with_indices({name: index.to(device) for name, index in self.items()})
+
+    def _with_indices(self, indices: Mapping[str, Tensor]) -> SparseMask:
+        """The same mask, holding these tensors in place of its own, which are equal to them."""
+        other = object.__new__(type(self))
+        other.__dict__ = dict(self.__dict__)
+        other._indices = {**self._indices, **indices}
+        return other
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the mask to a safetensors file, whole or not at all."""

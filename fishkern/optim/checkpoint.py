@@ -83,7 +83,7 @@ def difference(saved: SparseMask, own: SparseMask) -> str:
     """In which tensors two masks select differently, and how many entries; empty if nowhere."""
     counts: dict[str, int] = {}
     for name in dict.fromkeys([*saved, *own]):
-        a, b = (m[name].cpu() if name in m else torch.empty(0) for m in (saved, own))
+        a, b = (m[name].cpu() if name in m else torch.empty(0, device="cpu") for m in (saved, own))
         if not torch.equal(a, b):
             counts[name] = len(a) + len(b) - 2 * int(torch.isin(a, b).sum())
     counts = {name: count for name, count in counts.items() if count}

@@ -43,7 +43,8 @@ class Batch:
     """Parameters of one group that one call can update: of one device, with moments of one dtype.
 
     ``indices`` are as the op wants them (empty where the whole parameter is trained), ``shapes``
-    those of the moments (None: the parameter's). ``targets`` are what the op writes: the parameters
+    those of the moments (None: the parameter's). ``layout`` holds the packed offsets and indices, into
+    which the single ``indices`` are views. ``targets`` are what the op writes: the parameters
     themselves, or the dense weights of leaves, whose float32 masters the leaves then are.
     """
 
@@ -54,9 +55,12 @@ class Batch:
     masters: list[Tensor] = field(default_factory=list)  # empty, or one for each parameter
     indices: list[Tensor] = field(default_factory=list)
     shapes: list[torch.Size | None] = field(default_factory=list)
-    layout: tuple[Tensor, Tensor] | None = None  # packed offsets and indices
+    layout: tuple[Tensor, Tensor] | None = None  # None: for leaves and shards, which take lists
     packed: dict[str, Packed] = field(default_factory=dict)
-    lr: tuple[float, Tensor] = (math.nan, torch.empty(0))  # the last one, as the op wants it
+    lr: tuple[float, Tensor] = (
+        math.nan,
+        torch.empty(0, device="cpu"),
+    )  # the last one, as the op wants it
 
 
 @dataclass(slots=True, eq=False)
@@ -88,6 +92,7 @@ class Launch:
     batch: Batch
     grads: list[Tensor]
     states: list[dict[str, Any]]
+    values: dict[str, list[Tensor]]  # what the states hold, by kind
     some: list[int] | None
 
 
@@ -103,7 +108,8 @@ def make_plan(params: Sequence[Tensor], indices: Sequence[Tensor | None]) -> Pla
     for param, index in zip(params, indices, strict=True):
         device, sharded = param.device, is_sharded(param)
         home = None if sharded else leaves.home_of(param)
-        key = (device, sharded, moment_dtype(param), home is None)
+        wide = index is not None and index.dtype == torch.int64  # packed indices are of one dtype
+        key = (device, sharded, moment_dtype(param), home is None, wide)
         batch = batches.setdefault(key, Batch(device, sharded))
         nothing = every.setdefault(device, torch.empty(0, dtype=torch.int32, device=device))
         batch.params.append(param)
@@ -115,6 +121,10 @@ def make_plan(params: Sequence[Tensor], indices: Sequence[Tensor | None]) -> Pla
         else:
             batch.targets.append(param)
             batch.indices.append(nothing if index is None else index.to(device))
+    for batch in batches.values():
+        # Leaves keep their own memory: they are parameters, which others may exchange.
+        if not batch.sharded and not batch.masters:
+            _lay_out(batch)
     return Plan(list(params), list(batches.values()), leaves.generation())
 
 
@@ -122,7 +132,7 @@ def gather(batch: Batch, state: State, group: dict[str, Any]) -> Launch | None:
     """Collect gradients and states, and build the states that are missing.
 
     Raises:
-        RuntimeError: A gradient is sparse.
+        RuntimeError: A gradient is sparse, or a state lacks something.
     """
     grads: list[Any] = [param.grad for param in batch.params]
     states: list[Any] = [state.get(param) for param in batch.params]
@@ -142,7 +152,16 @@ def gather(batch: Batch, state: State, group: dict[str, Any]) -> Launch | None:
             f"a gradient of shape {list(odd.shape)} is {odd.layout}, but sparse gradients are not "
             f"supported: make it dense, for an embedding with sparse=False"
         )
-    return Launch(batch, grads, states, some)
+    kinds = ["step", "exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else [])]
+    try:
+        values = {kind: [entry[kind] for entry in states] for kind in kinds}
+    except KeyError as error:
+        raise RuntimeError(
+            f"the optimizer's state has no {error} for one of its parameters: amsgrad cannot be "
+            f"switched on after the first step, and a checkpoint has to be one of AdamW; build the "
+            f"optimizer anew with the options it is to have"
+        ) from None
+    return Launch(batch, grads, states, values, some)
 
 
 def run(
@@ -168,9 +187,8 @@ def run(
         None if grad_scale is None else grad_scale.to(batch.device),
         None if found_inf is None else found_inf.to(batch.device),
     )
-    # Leaves keep their own memory: they are parameters, which others may exchange.
-    in_one = launch.some is None and not batch.sharded and not batch.masters
-    counts = [_packed(launch, "step")] if in_one else [s["step"] for s in launch.states]
+    in_one = launch.some is None and batch.layout is not None
+    counts = [_packed(launch, "step")] if in_one else launch.values["step"]
     torch._foreach_add_(counts, 1)
     try:
         if in_one:
@@ -180,6 +198,9 @@ def run(
     except BaseException:
         torch._foreach_sub_(counts, 1)
         raise
+    if not torch.compiler.is_compiling():
+        # The op is called below autograd, which has to learn that saved weights have changed.
+        torch.autograd.graph.increment_version([*batch.targets, *batch.masters])
     if found_inf is not None:
         torch._foreach_sub_(counts, [(found_inf != 0).to(counts[0])] * len(counts))
 
@@ -190,7 +211,8 @@ def _run_packed(launch: Launch, amsgrad: bool, steps: Tensor, options: tuple[Any
     op = _ops.masked_adamw_packed_
     if torch.compiler.is_compiling():  # the dispatcher takes time: only where a compiler looks
         op = torch.ops.fishkern.masked_adamw_packed_
-    offsets, indices = batch.layout or _lay_out(batch, exp_avg)
+    assert batch.layout is not None
+    offsets, indices = batch.layout
     maxima = _packed(launch, "max_exp_avg_sq") if amsgrad else None
     op(
         *(batch.targets, launch.grads, offsets, indices),
@@ -200,18 +222,18 @@ def _run_packed(launch: Launch, amsgrad: bool, steps: Tensor, options: tuple[Any
 
 
 def _run_lists(launch: Launch, amsgrad: bool, steps: Tensor, options: tuple[Any, ...]) -> None:
-    batch, states, some = launch.batch, launch.states, launch.some
+    batch, values, some = launch.batch, launch.values, launch.some
 
     def chosen(tensors: list[Tensor]) -> list[Tensor]:
         return tensors if some is None or not tensors else [tensors[i] for i in some]
 
-    lists = [
+    lists: list[list[Any]] = [
         chosen(batch.targets),
         launch.grads,
         chosen(batch.indices),
-        [entry["exp_avg"] for entry in states],
-        [entry["exp_avg_sq"] for entry in states],
-        [entry["max_exp_avg_sq"] for entry in states] if amsgrad else [],
+        values["exp_avg"],
+        values["exp_avg_sq"],
+        values["max_exp_avg_sq"] if amsgrad else [],
         chosen(batch.masters),
     ]
     if batch.sharded:
@@ -224,7 +246,7 @@ def _run_lists(launch: Launch, amsgrad: bool, steps: Tensor, options: tuple[Any,
 
 def _packed(launch: Launch, key: str) -> Tensor:
     """One kind of state of the whole batch in one tensor; packed now where it is not."""
-    values = [entry[key] for entry in launch.states]
+    values = launch.values[key]
     held = launch.batch.packed.get(key)
     if held is not None and held.holds(values):
         return held.tensor
@@ -237,27 +259,26 @@ def _packed(launch: Launch, key: str) -> Tensor:
     return tensor
 
 
-def _lay_out(batch: Batch, exp_avg: Tensor) -> tuple[Tensor, Tensor]:
+def _lay_out(batch: Batch) -> None:
     """Where each parameter's entries are in the packed state, and all indices in one tensor."""
     counts = [
         param.numel() if shape is None else shape.numel()
         for param, shape in zip(batch.params, batch.shapes, strict=True)
     ]
-    offsets = torch.tensor([0, *accumulate(counts)], dtype=torch.int64)
+    offsets = torch.tensor([0, *accumulate(counts)], dtype=torch.int64, device="cpu")
     stored = [index for index in batch.indices if index.numel()]
     indices = torch.cat(stored) if stored else batch.indices[0]
     # Held once: the single lists become views.
     parts = iter(indices.split([index.numel() for index in stored]))
     batch.indices = [next(parts) if index.numel() else index for index in batch.indices]
     batch.layout = (offsets, indices)
-    return batch.layout
 
 
 def _lr(batch: Batch, lr: float | Tensor) -> Tensor:
     if isinstance(lr, Tensor):
         return lr
     if batch.lr[0] != lr:
-        batch.lr = (lr, torch.tensor(lr, dtype=torch.float64))
+        batch.lr = (lr, torch.tensor(lr, dtype=torch.float64, device="cpu"))
     return batch.lr[1]
 
 

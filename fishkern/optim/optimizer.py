@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from itertools import chain
 from typing import Any
@@ -19,7 +20,7 @@ from fishkern.optim.checkpoint import (
     unpack_masks,
     unpack_state,
 )
-from fishkern.optim.launch import Plan, gather, make_plan, run, scaling
+from fishkern.optim.launch import Plan, gather, is_sharded, make_plan, run, scaling
 from fishkern.optim.roles import (
     UNLISTED,
     admit,
@@ -52,7 +53,9 @@ class FishSparseAdamW(torch.optim.Optimizer):
     float32), ``exp_avg`` and ``exp_avg_sq`` (with ``amsgrad`` also ``max_exp_avg_sq``): ``[k]``
     float32 for k selected entries, of the parameter's shape where all of it is trained, and also
     float32 where the parameter is bfloat16 or float16 (float64 where it is float64). It is built in
-    the first step. The mask travels in ``state_dict()["param_groups"]``.
+    the first step, which is not counted where lr = 0 and all gradients are zero: it moves nothing,
+    and is how checkpoint libraries make a state to load into. The mask travels in
+    ``state_dict()["param_groups"]``.
 
     Args:
         params: As AdamW: parameters, (name, parameter) pairs, or groups of either. With a mask they
@@ -184,7 +187,8 @@ class FishSparseAdamW(torch.optim.Optimizer):
 
         Raises:
             ValueError: The mask has an entry that no parameter answers to.
-            RuntimeError: A gradient is sparse, or a GradScaler has checked none.
+            RuntimeError: A gradient is sparse, a state lacks something, or a GradScaler has
+                checked no gradient.
         """
         self._accelerator_graph_capture_health_check()
         plans = [self._plan(i, group) for i, group in enumerate(self.param_groups)]
@@ -218,8 +222,25 @@ class FishSparseAdamW(torch.optim.Optimizer):
             for old, new in zip(plan.params, group["params"], strict=True):
                 if old.shape == new.shape and old in self.state and not self.state.get(new):
                     self.state[new] = self.state.pop(old)
-        self._plans[i] = make_plan(group["params"], indices)
-        return self._plans[i]
+        plan = self._plans[i] = make_plan(group["params"], indices)
+        if self._mask is not None:
+            # The plan's indices lie packed: held by the mask too, they are held once.
+            held = {
+                id(param): index
+                for batch in plan.batches
+                if batch.layout is not None
+                for param, index in zip(batch.params, batch.indices, strict=True)
+            }
+            self._mask = self._mask._with_indices(
+                {
+                    name: held[id(param)]
+                    for name, param, index in zip(
+                        group["param_names"], group["params"], indices, strict=True
+                    )
+                    if index is not None and name in self._mask and id(param) in held
+                }
+            )
+        return plan
 
     def _indices(self, group: dict[str, Any]) -> list[Tensor | None]:
         """For each of the group's parameters the positions to train, None for all."""
@@ -269,8 +290,16 @@ class FishSparseAdamW(torch.optim.Optimizer):
             post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {key: getattr(self, key) for key in ("_mask", "_unlisted", "_owners")}
-        return {**super().__getstate__(), **own, "_mask_is_computed": self._mask_is_computed}
+        own = {key: getattr(self, key) for key in ("_unlisted", "_owners", "_mask_is_computed")}
+        state = super().__getstate__()
+        # Pickled one by one, views would each carry the whole packed tensor.
+        state["state"] = defaultdict(
+            dict, {p: {k: _apart(v) for k, v in e.items()} for p, e in state["state"].items()}
+        )
+        mask = self._mask
+        if mask is not None:
+            mask = mask._with_indices({name: _apart(index) for name, index in mask.items()})
+        return {**state, **own, "_mask": mask}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         unpickled = "_optimizer_state_dict_post_hooks" not in self.__dict__
@@ -290,6 +319,13 @@ def _add_masks(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> 
     if optimizer.mask is not None:
         for group in state_dict["param_groups"]:
             group["mask"] = pack_mask(optimizer.mask, group.get("param_names", ()))
+
+
+def _apart(value: Any) -> Any:
+    """A view into something larger as a tensor of its own; everything else as it is."""
+    if isinstance(value, Tensor) and not is_sharded(value) and value._base is not None:
+        return value.clone()
+    return value
 
 
 def _as_groups(params: Any) -> Any:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fishkern import leaves
 from fishkern.masks import BoundMask, SparseMask
 from fishkern.names import canonical_name, suggest
 
@@ -49,7 +50,7 @@ def index_of(name: str, mask: SparseMask | None, unlisted: str) -> Tensor | None
     if mask is None or leaf_owner(name) is not None:
         return None
     if name not in mask:
-        return None if unlisted == "train" else torch.empty(0, dtype=torch.int32)
+        return None if unlisted == "train" else torch.empty(0, dtype=torch.int32, device="cpu")
     index = mask[name]
     return None if index.numel() == math.prod(mask.shapes[name]) else index
 
@@ -228,4 +229,10 @@ def _check_leaf(name: str, owner: str, param: Tensor, mask: SparseMask) -> None:
         raise ValueError(
             f"{name} is {param.dtype} {list(param.shape)}, but the mask selects [{expected}] "
             f"float32 values of {owner!r}: pass the mask that train_only was given"
+        )
+    home = leaves.home_of(param)
+    if home is not None and not torch.equal(home.indices.cpu(), mask[owner].cpu()):
+        raise ValueError(
+            f"{name} holds other entries of {owner!r} than the mask selects, though as many: pass "
+            f"the mask that train_only was given"
         )

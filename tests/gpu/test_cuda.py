@@ -208,9 +208,6 @@ def test_current_stream_is_used(device):
     assert_matches(fisher.cpu(), truth.cpu(), terms=5 * 7)
 
 
-@pytest.mark.xfail(
-    reason="the optimizer makes its lr, and triton its tables, on the default device"
-)
 def test_default_device(device):
     """Tensors that steps make for themselves are where they belong, whatever the default is."""
     model = make_model().to(device)

@@ -151,16 +151,6 @@ def test_state_takes_twelve_bytes_per_entry_with_its_index():
         assert optimizer.state[param]["step"].shape == ()
 
 
-def test_indices_are_the_masks_own():
-    model = make_model()
-    mask = make_mask(model)
-    optimizer = FishSparseAdamW(model.named_parameters(), mask=mask)
-    train(model, optimizer, 1)
-    assert optimizer.mask == mask
-    for name in mask:
-        assert optimizer.mask[name].data_ptr() == mask[name].data_ptr()
-
-
 def test_bound_mask_serves_loops_without_names():
     named, bare = make_model(), make_model()
     bare.load_state_dict(named.state_dict())

@@ -300,15 +300,15 @@ def _kept_tables(device: torch.device, stream: int, rows: tuple[tuple[int, ...],
 
 def _build_tables(device: torch.device, rows: tuple[tuple[int, ...], ...]) -> Tables:
     """Share the rows' entries out among programs, and copy both tables to the device at once."""
-    table = torch.tensor(rows, dtype=torch.int64).T
+    table = torch.tensor(rows, dtype=torch.int64, device="cpu").T
     counts = table[COUNT.value]
     # Enough programs to fill the device; beyond that, longer ones rather than longer tables.
     wanted = PROGRAMS_PER_MULTIPROCESSOR * num_multiprocessors(device)
     entries_per_program = BLOCK * max(1, int(counts.sum()) // (BLOCK * wanted))
     programs = -(-counts // entries_per_program)
     before = (programs.cumsum(0) - programs).repeat_interleave(programs)
-    tensor = torch.arange(len(rows)).repeat_interleave(programs)
-    ranges = torch.stack([tensor, torch.arange(len(tensor)) - before])
+    tensor = torch.arange(len(rows), device="cpu").repeat_interleave(programs)
+    ranges = torch.stack([tensor, torch.arange(len(tensor), device="cpu") - before])
     host = torch.cat([table.reshape(-1), ranges.view(-1)])
     if device.type == "cuda":
         host = host.pin_memory()
