@@ -43,8 +43,8 @@ class Batch:
     """Parameters of one group that one call can update: of one device, with moments of one dtype.
 
     ``indices`` are as the op wants them (empty where the whole parameter is trained), ``shapes``
-    those of the moments (None: the parameter's). ``layout`` holds the packed offsets and indices, into
-    which the single ``indices`` are views. ``targets`` are what the op writes: the parameters
+    those of the moments (None: the parameter's). ``layout`` holds the packed offsets and indices,
+    into which the single ``indices`` are views. ``targets`` are what the op writes: the parameters
     themselves, or the dense weights of leaves, whose float32 masters the leaves then are.
     """
 
@@ -200,7 +200,8 @@ def run(
         raise
     if not torch.compiler.is_compiling():
         # The op is called below autograd, which has to learn that saved weights have changed.
-        torch.autograd.graph.increment_version([*batch.targets, *batch.masters])
+        torch.autograd.graph.increment_version(_chosen(launch, batch.targets))
+        torch.autograd.graph.increment_version(_chosen(launch, batch.masters))
     if found_inf is not None:
         torch._foreach_sub_(counts, [(found_inf != 0).to(counts[0])] * len(counts))
 
@@ -222,19 +223,15 @@ def _run_packed(launch: Launch, amsgrad: bool, steps: Tensor, options: tuple[Any
 
 
 def _run_lists(launch: Launch, amsgrad: bool, steps: Tensor, options: tuple[Any, ...]) -> None:
-    batch, values, some = launch.batch, launch.values, launch.some
-
-    def chosen(tensors: list[Tensor]) -> list[Tensor]:
-        return tensors if some is None or not tensors else [tensors[i] for i in some]
-
+    batch, values = launch.batch, launch.values
     lists: list[list[Any]] = [
-        chosen(batch.targets),
+        _chosen(launch, batch.targets),
         launch.grads,
-        chosen(batch.indices),
+        _chosen(launch, batch.indices),
         values["exp_avg"],
         values["exp_avg_sq"],
         values["max_exp_avg_sq"] if amsgrad else [],
-        chosen(batch.masters),
+        _chosen(launch, batch.masters),
     ]
     if batch.sharded:
         lists = [[t.to_local() if is_sharded(t) else t for t in tensors] for tensors in lists]
@@ -242,6 +239,12 @@ def _run_lists(launch: Launch, amsgrad: bool, steps: Tensor, options: tuple[Any,
     if torch.compiler.is_compiling():
         op = torch.ops.fishkern.masked_adamw_
     op(*lists, steps, *options)
+
+
+def _chosen(launch: Launch, tensors: list[Tensor]) -> list[Tensor]:
+    """Those of the batch's tensors that the launch is for."""
+    some = launch.some
+    return tensors if some is None or not tensors else [tensors[i] for i in some]
 
 
 def _packed(launch: Launch, key: str) -> Tensor:

@@ -71,9 +71,11 @@ def test_backward_through_weights_that_a_step_changed_raises(way):
     loss.backward(retain_graph=True)
     if way == "some":
         model[0].bias.grad = None
-    versions = model[3].weight._version
+    versions, without_grad = model[3].weight._version, model[0].bias._version
     optimizer.step()
     assert model[3].weight._version > versions
+    if way == "some":
+        assert model[0].bias._version == without_grad
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
