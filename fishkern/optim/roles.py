@@ -225,7 +225,7 @@ def _check_leaf(name: str, owner: str, param: Tensor, mask: SparseMask) -> None:
             f"that train_only was given"
         )
     expected = mask[owner].numel()
-    if tuple(param.shape) != (expected,) or param.dtype != torch.float32:
+    if tuple(param.shape) != (expected,) or param.dtype not in (torch.float32, torch.float64):
         raise ValueError(
             f"{name} is {param.dtype} {list(param.shape)}, but the mask selects [{expected}] "
             f"float32 values of {owner!r}: pass the mask that train_only was given"

@@ -378,6 +378,13 @@ def test_float64_weights_have_float64_leaves():
     assert [leaf.dtype for leaf in handle.parameters()] == [torch.float64]
     handle.remove()
     assert torch.equal(model.weight, before)
+    handle = train_only(model, mask, unlisted="freeze")
+    optimizer = FishSparseAdamW(model.named_parameters(), mask=mask, lr=0.1, weight_decay=0.0)
+    model(torch.ones(1, 4).double()).sum().backward()
+    optimizer.step()
+    change = (model._parameters["weight"] - before).flatten()
+    assert_matches(change[[2, 9]], torch.tensor([-0.1, -0.1]).double())
+    assert change.count_nonzero() == 2
 
 
 def test_flags_set_after_attaching_survive_scoring():
