@@ -10,7 +10,7 @@ functional use, say): what is held is dropped and the parameter is left to an ex
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
@@ -23,11 +23,25 @@ from fishkern.interception import Site
 Shape = tuple[int, ...]
 
 
+#: Where a batch says how many tokens a sample has: see ``samples.token_counts``.
+Place = tuple[int, int]
+
+
 class Layout(NamedTuple):
-    """Where a module's input has its samples: an axis of length N, or N * T, sample by sample."""
+    """Where a module's input has its samples: an axis of length N, or N * T, sample by sample.
+
+    The shape alone cannot tell N * T from a list of tokens gathered from all samples (padding
+    left out, tokens routed to an expert), so N * T is trusted only
+
+    - in the first batch, if each sample alone brings the same share;
+    - in a later batch, if the share is what a tensor of the batch says at one of the ``places``
+      where it did in the first batch (``[N, T, ...]`` says T): with padding left out, N * T
+      tokens are all of them. Otherwise each sample is asked again.
+    """
 
     axis: int
     flattened: bool
+    places: frozenset[Place] = frozenset()
 
 
 class _Use(NamedTuple):
@@ -97,18 +111,51 @@ class FisherAccumulator:
         self.calls.clear()
         self.num_calls.clear()
 
-    def end_forward(self, num_samples: int, one_sample: Mapping[Site, list[Shape]] | None) -> None:
-        """Find every input's sample axis, by the shapes of a one-sample pass or known layouts."""
+    @contextmanager
+    def aside(self) -> Iterator[dict[Site, list[Shape]]]:
+        """The calls of a pass in between, which do not count and are not expanded."""
+        before = self.calls, self.num_calls.copy(), self.broadcast, self.in_forward
+        self.calls, self.broadcast, self.in_forward = {}, None, True
+        try:
+            yield self.calls
+        finally:
+            self.calls, self.num_calls, self.broadcast, self.in_forward = before
+
+    def end_forward(
+        self,
+        num_samples: int,
+        first: Mapping[Site, list[Shape]] | None,
+        alone: Callable[[int], Mapping[Site, list[Shape]]],
+        token_counts: Mapping[Place, int],
+    ) -> None:
+        """Find every input's sample axis, by the shapes of one-sample passes or known layouts.
+
+        Args:
+            num_samples: N.
+            first: The inputs' shapes of the first sample alone; None: layouts are known.
+            alone: The same of any sample.
+            token_counts: How many tokens a sample of this batch can have, by place.
+        """
         self.in_forward, self.num_samples = False, num_samples
+        if first is not None:
+            self._find_layouts(first, token_counts)
+        doubtful = {
+            site
+            for site, shapes in self.calls.items()
+            for layout, shape in zip(self.layouts.get(site, []), shapes, strict=False)
+            if num_samples > 1 and layout is not None and layout.flattened
+            if first is not None
+            or not any(
+                token_counts.get(place) == _share(layout, shape, num_samples)
+                for place in layout.places
+            )
+        }
+        if doubtful:
+            shares = [alone(n) for n in range(num_samples)]
+            for site in doubtful:
+                if not _equal_shares(self.layouts[site], self.calls[site], shares, site):
+                    self.layouts[site] = [None]
         for site, shapes in self.calls.items():
-            dims = site.rule.input_dims(site.module)
-            if one_sample is not None and num_samples > 1:
-                ones = one_sample.get(site, [])
-                same_calls = len(ones) == len(shapes)
-                self.layouts[site] = [
-                    find_layout(one, shape, num_samples, dims) if same_calls else None
-                    for one, shape in zip(ones, shapes, strict=same_calls)
-                ] or [None]
             known = self.layouts.get(site, [])
             for call, shape in enumerate(shapes):
                 layout = known[call] if len(known) == len(shapes) else None
@@ -118,6 +165,21 @@ class FisherAccumulator:
                     layout = None
                 if self.by_shape.setdefault((site, shape), layout) != layout:
                     self.by_shape[site, shape] = None
+
+    def _find_layouts(
+        self, first: Mapping[Site, list[Shape]], token_counts: Mapping[Place, int]
+    ) -> None:
+        for site, shapes in self.calls.items():
+            dims, ones = site.rule.input_dims(site.module), first.get(site, [])
+            same_calls = len(ones) == len(shapes)
+            self.layouts[site] = (
+                [
+                    find_layout(one, shape, self.num_samples, dims, token_counts)
+                    for one, shape in zip(ones, shapes, strict=True)
+                ]
+                if same_calls
+                else [None]
+            )
 
     # In the backward pass
 
@@ -192,14 +254,20 @@ class FisherAccumulator:
         return scores if scores.device == device else torch.zeros_like(scores, device=device)
 
 
-def find_layout(one: Shape, many: Shape, num_samples: int, feature_dims: int) -> Layout | None:
+def find_layout(
+    one: Shape, many: Shape, num_samples: int, feature_dims: int, token_counts: Mapping[Place, int]
+) -> Layout | None:
     """The one axis that is N times as long for N samples as for one; None if there is none."""
     if len(one) != len(many) or one[len(one) - feature_dims :] != many[len(many) - feature_dims :]:
         return None
     grown = [axis for axis in range(len(one)) if one[axis] != many[axis]]
     if len(grown) != 1 or many[grown[0]] != num_samples * one[grown[0]]:
         return None
-    return Layout(grown[0], flattened=one[grown[0]] != 1)
+    share = one[grown[0]]
+    if share == 1:
+        return Layout(grown[0], flattened=False)
+    places = frozenset(place for place, tokens in token_counts.items() if tokens == share)
+    return Layout(grown[0], flattened=True, places=places)
 
 
 def layout_fits(layout: Layout, shape: Shape, num_samples: int) -> bool:
@@ -208,6 +276,31 @@ def layout_fits(layout: Layout, shape: Shape, num_samples: int) -> bool:
         return False
     length = shape[layout.axis]
     return length % num_samples == 0 if layout.flattened else length == num_samples
+
+
+def _share(layout: Layout, shape: Shape, num_samples: int) -> int | None:
+    """A sample's part of the flattened axis, if all parts are equal."""
+    fits = layout_fits(layout, shape, num_samples)
+    return shape[layout.axis] // num_samples if fits else None
+
+
+def _equal_shares(
+    layouts: Sequence[Layout | None],
+    shapes: Sequence[Shape],
+    samples: Sequence[Mapping[Site, list[Shape]]],
+    site: Site,
+) -> bool:
+    """Whether every sample alone brings its part of each of the site's inputs."""
+    for alone in samples:
+        ones = alone.get(site, [])
+        if not len(ones) == len(layouts) == len(shapes):
+            return False
+        for layout, one, shape in zip(layouts, ones, shapes, strict=True):
+            if layout is None or layout.axis >= len(one):
+                return False
+            if shape[layout.axis] != len(samples) * one[layout.axis]:
+                return False
+    return True
 
 
 def _local_name(site: Site, name: str) -> str:

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fishkern import samples
+
 LossFn = Callable[[nn.Module, Any], Tensor]
 
 IGNORED = -100
@@ -67,6 +69,31 @@ def sample_losses(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
         f"no default loss for logits {list(logits.shape)} with labels {list(labels.shape)} of "
         f"{labels.dtype}; {_REMEDY}"
     )
+
+
+def require_losses(losses: Any, batch: Any, size: int | None) -> Tensor:
+    """What a loss_fn returned, if it is one loss per sample.
+
+    ``size``: how many; None: as many as the batch's tensors have entries, where they agree
+    (not those of a list with an entry per sample).
+
+    Raises:
+        ValueError: It is not.
+    """
+    if not isinstance(losses, Tensor) or losses.dim() != 1:
+        found = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+        raise ValueError(
+            f"loss_fn returned {found}: return one loss per sample, a tensor [N] "
+            f'(reduction="none", then a sum over tokens)'
+        )
+    if size is None and not (isinstance(batch, list) and len(batch) == len(losses)):
+        size = samples.common_length(batch)
+    if size is not None and len(losses) != size:
+        raise ValueError(
+            f"loss_fn returned {len(losses)} losses for a batch of {size} samples: "
+            f"return one loss per sample"
+        )
+    return losses
 
 
 def shifts(model: nn.Module) -> bool:
@@ -142,8 +169,8 @@ def _check_own_loss(model: nn.Module, outputs: Any, losses: Tensor, labels: Tens
         reductions["mean over tokens"] = total / num_tokens
     if labels.is_floating_point():
         reductions["mean squared error"] = 2 * total / num_samples  # ours has the factor 0.5
-    half = outputs.logits.dtype in (torch.float16, torch.bfloat16)
-    tolerance = 5e-2 if half or torch.is_autocast_enabled(own.device.type) else 1e-3
+    narrow = torch.is_autocast_enabled(own.device.type) or _is_narrow(outputs.logits.detach())
+    tolerance = 5e-2 if narrow else 1e-3
     if any(
         torch.allclose(own.double(), value, rtol=tolerance, atol=tolerance * 1e-2)
         for value in reductions.values()
@@ -154,3 +181,11 @@ def _check_own_loss(model: nn.Module, outputs: Any, losses: Tensor, labels: Tens
         f"the model's own loss is {own.item():.5g}, but the default loss gives {found}: "
         f"{type(base_model(model)).__name__} trains on something else; {_REMEDY}"
     )
+
+
+def _is_narrow(logits: Tensor) -> bool:
+    """Whether a narrow dtype holds these values, whatever dtype they are handed over in.
+
+    Autocast inside the forward (accelerate's, say) leaves nothing else to see from outside.
+    """
+    return any(torch.equal(logits.to(t), logits) for t in (torch.float16, torch.bfloat16))

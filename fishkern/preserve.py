@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class NoDropout(TorchFunctionMode):
-    """Makes functional dropout the identity, for layers that must stay in training mode."""
+    """Makes functional dropout the identity, which no module's mode switches off."""
 
     identities = frozenset(
         [
@@ -77,8 +77,7 @@ def scoring_mode(model: nn.Module, candidates: Iterable[nn.Parameter]) -> Iterat
             module.training = False
         for module in checkpointing:
             module.training = True
-        if checkpointing:
-            stack.enter_context(NoDropout())
+        stack.enter_context(NoDropout())  # functional dropout is on by default
         yield
 
 

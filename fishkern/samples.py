@@ -2,19 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 
 def can_slice(batch: Any) -> bool:
     """Whether ``take`` knows how to cut this batch."""
-    return isinstance(batch, (Mapping, Tensor, tuple, list))
+    containers = isinstance(batch, (Mapping, Tensor, tuple, list))
+    return containers and not any(isinstance(leaf, PackedSequence) for leaf in _leaves(batch))
+
+
+def holds_objects(batch: Any) -> bool:
+    """Whether the batch holds anything of which it is not known if the samples are inside."""
+    known = (Tensor, str, bytes, int, float, type(None))
+    return not all(isinstance(leaf, known) for leaf in _leaves(batch))
+
+
+def common_length(batch: Any) -> int | None:
+    """Dimension 0 of the tensors in a tuple or list, if it is the same in all."""
+    if not isinstance(batch, (tuple, list)) or isinstance(batch, PackedSequence):
+        return None
+    lengths = {len(value) for value in batch if isinstance(value, Tensor) and value.dim()}
+    return lengths.pop() if len(lengths) == 1 else None
+
+
+def token_counts(batch: Any, num_samples: int) -> dict[tuple[int, int], int]:
+    """How many tokens a sample can have: for a tensor ``[N, T, K]`` T, and T * K.
+
+    The key says which tensor, and the product of how many dimensions.
+    """
+    counts = {}
+    for place, leaf in enumerate(_leaves(batch)):
+        if isinstance(leaf, Tensor) and leaf.dim() > 1 and len(leaf) == num_samples:
+            product = 1
+            for dims, length in enumerate(leaf.shape[1:], 1):
+                product *= length
+                counts[place, dims] = product
+    return counts
 
 
 def count(batch: Mapping[str, Any]) -> int:
-    """The number of samples: dimension 0 of the labels, else of the first tensor.
+    """The number of samples: dimension 0 of the labels, else the one that most tensors have.
 
     Raises:
         ValueError: The batch holds no tensor.
@@ -28,7 +60,32 @@ def count(batch: Mapping[str, Any]) -> int:
             f"the batch has no tensor with samples in dimension 0 (keys: {', '.join(batch)}); "
             f"pass tensors, or a loss_fn that understands the batch"
         )
-    return len(tensors[0])
+    return Counter(len(tensor) for tensor in tensors).most_common(1)[0][0]
+
+
+def cut_batches(
+    batches: Iterable[Any], num_samples: int | None, model: nn.Module, move: bool
+) -> Iterator[tuple[Any, int | None]]:
+    """Each batch with its size (None where only loss_fn can tell), ``num_samples`` in all.
+
+    Batches without samples are left out.
+    """
+    device = next(model.parameters()).device
+    left = num_samples
+    for batch in batches:
+        if not isinstance(batch, Mapping):
+            if common_length(batch) != 0:
+                yield batch, None  # its losses are counted; the boundary is checked there
+            continue
+        size = count(batch)
+        if size == 0:
+            continue
+        if left is not None and size > left:
+            batch, size = take(batch, 0, left, size), left
+        if move:
+            batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        yield batch, size
+        left = None if left is None else left - size
 
 
 def take(batch: Any, start: int, stop: int, num_samples: int) -> Any:
@@ -63,3 +120,15 @@ def _rebuild(batch: Any, items: dict[str, Any]) -> Any:
         return type(batch)(items)
     except TypeError:
         return items
+
+
+def _leaves(batch: Any) -> Iterator[Any]:
+    """What the containers hold in the end. Packed sequences stay whole."""
+    if isinstance(batch, (tuple, list)) and not isinstance(batch, PackedSequence):
+        for value in batch:
+            yield from _leaves(value)
+    elif isinstance(batch, Mapping):
+        for value in batch.values():
+            yield from _leaves(value)
+    else:
+        yield batch

@@ -45,7 +45,7 @@ class _Intercepted(torch.autograd.Function):
         ctx.num_anchors = len(tensors) - num_params
         ctx.autocast = (device, torch.get_autocast_dtype(device), autocast)
         ctx.set_materialize_grads(False)
-        if autocast and site.rule.autocasts:
+        if autocast and site.rule.autocasts and x.dtype != torch.float64:
             # The layer would cast its input: keep the cast, as the ordinary graph does.
             x = x.to(torch.get_autocast_dtype(device))
         # The parameters are kept so that autograd notices if somebody writes to them.

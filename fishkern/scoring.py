@@ -1,0 +1,286 @@
+"""The passes over a batch in which parameters are scored: fused, and sample by sample."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fishkern import samples
+from fishkern.completion import FisherAccumulator, Shape
+from fishkern.interception import Site, intercepted, rule_for
+from fishkern.losses import LossFn, require_losses
+from fishkern.preserve import backward
+from fishkern.verification import check_losses, verify_scores
+
+#: Reentrant checkpointing's warning that a segment gets no gradient.
+CUT_OFF = "None of the inputs have requires_grad"
+
+
+@contextmanager
+def without_graph() -> Iterator[None]:
+    """No gradient is wanted, so none is missed by a checkpointed segment."""
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", CUT_OFF)
+        yield
+
+
+class Scoring:
+    """The passes over one batch, and what is known about the model from earlier ones."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        candidates: Mapping[str, nn.Parameter],
+        loss_fn: LossFn,
+        score_device: torch.device | str | None,
+    ) -> None:
+        self.model, self.candidates, self.loss_fn = model, candidates, loss_fn
+        self.scores = {
+            name: torch.zeros(param.shape, dtype=torch.float32, device=score_device or param.device)
+            for name, param in candidates.items()
+        }
+        self.accumulator = FisherAccumulator(candidates, self.scores)
+        self.sites = self._find_sites()
+        covered = {name for site in self.sites.values() for name in site.names.values()}
+        self.loop = set(candidates) - covered
+        self.probed = self.verified = self.attached = False
+        # Position ids [1, T] stand for all samples; expanded to [N, T], their gradients come sample
+        # by sample. Off where the model turns out to want them as they are.
+        self.broadcasts = True
+        self.num_samples = 0
+
+    def _find_sites(self) -> dict[nn.Module, Site]:
+        names = {id(param): name for name, param in self.candidates.items()}
+        sites = {}
+        for module in self.model.modules():
+            rule = rule_for(module)
+            if rule is None:
+                continue
+            local = {
+                n: names[id(p)]
+                for n in rule.params
+                if (p := module._parameters.get(n)) is not None and id(p) in names
+            }
+            if local:
+                sites[module] = Site(
+                    module, rule, local, self.accumulator.consume, self.accumulator.called
+                )
+        return sites
+
+    def add(self, batch: Any, size: int | None) -> int:
+        """Score one batch by every route; how many samples it held."""
+        size, strays = self._fused_pass(batch, size)
+        if size == 0:
+            return 0
+        if spoiled := self.accumulator.spoiled:
+            # Reentrant checkpointing runs the backward by segments: a use that no rule saw came
+            # after the others had been accumulated.
+            if self.num_samples:
+                raise RuntimeError(
+                    f"{sorted(spoiled)} are used outside their modules in a later batch only, "
+                    f"under reentrant checkpointing: use checkpointing with use_reentrant=False"
+                )
+            for name in spoiled:
+                self.scores[name].zero_()
+        self.loop |= strays
+        self.one_sample_passes(batch, size, range(size), self.loop, self._add_square)
+        self.num_samples += size
+        return size
+
+    def verify(self, batch: Any, size: int | None, count: int) -> None:
+        """Compare a few samples, scored inside their whole batch, with one-sample autograd."""
+        before = {n: s.clone() for n, s in self.scores.items()} if self.num_samples else {}
+        self._zero_scores()
+        size, strays = self._fused_pass(batch, size, count)
+        if size == 0:
+            return
+        self.loop |= strays
+        self.verified = size > 1
+        count = min(count, size)
+        fused = sorted(set(self.candidates) - self.loop)
+        narrow = check_losses(self, batch, size, count)
+        verify_scores(self, batch, size, count, fused, narrow)
+        self._zero_scores()
+        for name, scores in before.items():
+            self.scores[name].copy_(scores)
+
+    def _zero_scores(self) -> None:
+        for scores in self.scores.values():
+            scores.zero_()
+
+    def _fused_pass(
+        self, batch: Any, size: int | None, only: int | None = None
+    ) -> tuple[int, set[str]]:
+        """One forward and backward; of its first ``only`` samples if given. Size and strays."""
+        names = [name for name in self.candidates if name not in self.loop]
+        if not names:
+            return self._size(batch) if size is None else size, set()
+        self._require_grad(names)
+        accumulator = self.accumulator
+        sites = {m: s for m, s in self.sites.items() if not self.loop.issuperset(s.names.values())}
+        with accumulator.batch(names, size if self.broadcasts else None), intercepted(sites):
+            try:
+                losses = self._losses(batch, size)
+                if len(losses) == 0:
+                    return 0, set()
+                first, same = None, True
+                if not self.probed and len(losses) > 1:
+                    first, same = self._first_sample(batch, losses.detach())
+                    self.probed = True
+            except Exception:
+                if not accumulator.expanded:
+                    raise
+                same = False  # perhaps by what was expanded; if not, the error comes again
+            if same or not accumulator.expanded:
+                alone = partial(self._sample_shapes, batch, len(losses))
+                counts = samples.token_counts(batch, len(losses))
+                accumulator.end_forward(len(losses), first, alone, counts)
+                self._backward(losses[:only].sum(), batch)
+                self._clear_grads()
+                return len(losses), accumulator.strays
+        self.broadcasts = self.probed = False
+        return self._fused_pass(batch, size, only)
+
+    def _first_sample(self, batch: Any, losses: Tensor) -> tuple[dict[Site, list[Shape]], bool]:
+        """All inputs' shapes when the first sample runs alone; whether its loss is as here."""
+        alone, calls = self._alone(batch, len(losses), 0)
+        if len(alone) != 1:
+            return calls, not samples.can_slice(batch)
+        return calls, torch.allclose(alone.float(), losses[:1].float(), 5e-2, 1e-3)
+
+    def _sample_shapes(self, batch: Any, size: int, n: int) -> dict[Site, list[Shape]]:
+        """All inputs' shapes when sample n runs alone."""
+        return self._alone(batch, size, n)[1]
+
+    def _alone(self, batch: Any, size: int, n: int) -> tuple[Tensor, dict[Site, list[Shape]]]:
+        """Sample n's loss without the others, and the inputs' shapes; nothing if not cut."""
+        loss = torch.empty(0)
+        with self.accumulator.aside() as calls:
+            if samples.can_slice(batch):
+                with without_graph():
+                    loss = self.loss_fn(self.model, samples.take(batch, n, n + 1, size))
+        return loss, calls
+
+    def one_sample_passes(
+        self,
+        batch: Any,
+        size: int,
+        chosen: Iterable[int],
+        names: Iterable[str],
+        use: Callable[[str, Tensor], None],
+    ) -> None:
+        """Plain autograd, a sample at a time: ``use(name, gradient)`` for each parameter."""
+        names = [name for name in self.candidates if name in set(names)]
+        if not names:
+            return
+        self._require_grad(names)
+        for loss, shared in self._each_loss(batch, size, chosen):
+            self._backward(loss, batch, retain_graph=shared)
+            for name in names:
+                param = self.candidates[name]
+                if param.grad is not None:
+                    use(name, param.grad.detach())
+            self._clear_grads()
+
+    def losses_alone(self, batch: Any, size: int, chosen: Iterable[int]) -> list[Tensor]:
+        """The losses of the one-sample passes, without a graph."""
+        with without_graph():
+            return [loss for loss, _ in self._each_loss(batch, size, chosen)]
+
+    def _each_loss(
+        self, batch: Any, size: int, chosen: Iterable[int]
+    ) -> Iterator[tuple[Tensor, bool]]:
+        """The chosen samples' losses, each of a batch of its own, and whether they share a graph.
+
+        They do where only loss_fn can read the batch: one graph, N backwards.
+        """
+        whole = None if samples.can_slice(batch) else self._losses(batch, size)
+        for n in chosen:
+            if whole is None:
+                part = samples.take(batch, n, n + 1, size)
+                objects = samples.holds_objects(batch)
+                losses = require_losses(self._call_loss_fn(part), part, None if objects else 1)
+                if len(losses) == 1:
+                    yield losses.sum(), False
+                    continue
+                whole = self._losses(batch, size)  # the samples are in the batch's objects
+            yield whole[n], True
+
+    def batch_losses(self, batch: Any, size: int) -> Tensor:
+        """All losses [N] of the batch, without a graph."""
+        with without_graph():
+            return self._losses(batch, size)
+
+    def _add_square(self, name: str, grad: Tensor) -> None:
+        scores = self.scores[name]
+        scores += grad.to_dense().to(scores).square()
+
+    def _backward(self, loss: Tensor, batch: Any, retain_graph: bool = False) -> None:
+        if loss.requires_grad:
+            self.attached = True
+            backward(loss, retain_graph)
+        elif not self.attached:
+            # Perhaps none of these parameters took part: would any other?
+            flags = [(param, param.requires_grad) for param in self.model.parameters()]
+            for param, _ in flags:
+                param.requires_grad_(param.is_floating_point() or param.is_complex())
+            self.attached = self._call_loss_fn(batch).requires_grad
+            for param, flag in flags:
+                param.requires_grad_(flag)
+            if not self.attached:
+                raise ValueError(
+                    "the losses require no gradient: compute them from the model's outputs in "
+                    "loss_fn without detach(), item() or no_grad()"
+                )
+
+    def _size(self, batch: Any) -> int:
+        with without_graph():
+            return len(self._losses(batch, None))
+
+    def _losses(self, batch: Any, size: int | None) -> Tensor:
+        return require_losses(self._call_loss_fn(batch), batch, size)
+
+    def _call_loss_fn(self, batch: Any) -> Any:
+        """The caller's losses, with the gradient of every candidate asked for where it must be.
+
+        Reentrant checkpointing gives none to a segment of which no input requires one, and only
+        warns: what comes before the segment may be frozen just for this pass.
+        """
+        try:
+            return self.loss_fn(self.model, batch)
+        except UserWarning as warning:
+            if not str(warning).startswith(CUT_OFF):
+                raise
+        self._require_grad(self.candidates)
+        self.accumulator.forget_calls()
+        try:
+            return self.loss_fn(self.model, batch)
+        except UserWarning as warning:
+            if not str(warning).startswith(CUT_OFF):
+                raise
+            raise RuntimeError(
+                "reentrant checkpointing cuts off the gradient of a segment whose inputs require "
+                "none: checkpoint with use_reentrant=False, or call "
+                "model.enable_input_require_grads()"
+            ) from warning
+
+    def _require_grad(self, names: Iterable[str]) -> None:
+        """Only these parameters need a gradient: nothing is computed for any other."""
+        for param in self.model.parameters():
+            param.requires_grad_(False)
+        for name in names:
+            self.candidates[name].requires_grad_(True)
+
+    def _clear_grads(self) -> None:
+        for param in self.candidates.values():
+            param.grad = None
+
+    def routes(self) -> dict[str, str]:
+        """Which way each candidate was scored."""
+        return {name: "loop" if name in self.loop else "fused" for name in self.candidates}
