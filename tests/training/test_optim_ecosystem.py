@@ -88,7 +88,10 @@ def test_exchanged_state_tensors_are_the_ones_that_are_used(how):
     # twice what they were, so that going on with the old ones would be seen
     for entry in untouched.state.values():
         entry["exp_avg"].mul_(2)
-    moved = {p: {k: v.clone() * (1 + (k == "exp_avg")) for k, v in e.items()} for p, e in optimizer.state.items()}
+    moved = {
+        p: {k: v.clone() * (1 + (k == "exp_avg")) for k, v in e.items()}
+        for p, e in optimizer.state.items()
+    }
     if how == "in_place":
         for param, entry in optimizer.state.items():
             for key in entry:
