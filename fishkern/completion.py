@@ -33,7 +33,8 @@ class Layout(NamedTuple):
     The shape alone cannot tell N * T from a list of tokens gathered from all samples (padding
     left out, tokens routed to an expert), so N * T is trusted only
 
-    - in the first batch, if each sample alone brings the same share;
+    - in the first batch, if each sample alone brings the same share (and N, too, in a model that
+      has such lists);
     - in a later batch, if the share is what a tensor of the batch says at one of the ``places``
       where it did in the first batch (``[N, T, ...]`` says T): with padding left out, N * T
       tokens are all of them. Otherwise each sample is asked again.
@@ -143,13 +144,14 @@ class FisherAccumulator:
             site
             for site, shapes in self.calls.items()
             for layout, shape in zip(self.layouts.get(site, []), shapes, strict=False)
-            if num_samples > 1 and layout is not None and layout.flattened
-            if first is not None
-            or not any(
-                token_counts.get(place) == _share(layout, shape, num_samples)
-                for place in layout.places
-            )
+            if num_samples > 1 and not _is_certain(layout, shape, num_samples, token_counts)
         }
+        if first is not None and any(
+            layout is None or layout.flattened
+            for site in self.calls
+            for layout in self.layouts[site]
+        ):
+            doubtful = set(self.calls)  # lists of tokens may also hold one of each by chance
         if doubtful:
             shares = [alone(n) for n in range(num_samples)]
             for site in doubtful:
@@ -282,6 +284,16 @@ def _share(layout: Layout, shape: Shape, num_samples: int) -> int | None:
     """A sample's part of the flattened axis, if all parts are equal."""
     fits = layout_fits(layout, shape, num_samples)
     return shape[layout.axis] // num_samples if fits else None
+
+
+def _is_certain(
+    layout: Layout | None, shape: Shape, num_samples: int, token_counts: Mapping[Place, int]
+) -> bool:
+    """Whether the batch's tensors confirm a flattened layout; others need no confirmation."""
+    if layout is None or not layout.flattened:
+        return True
+    share = _share(layout, shape, num_samples)
+    return share is not None and any(token_counts.get(p) == share for p in layout.places)
 
 
 def _equal_shares(

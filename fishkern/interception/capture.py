@@ -48,8 +48,11 @@ class _Intercepted(torch.autograd.Function):
         if autocast and site.rule.autocasts and x.dtype != torch.float64:
             # The layer would cast its input: keep the cast, as the ordinary graph does.
             x = x.to(torch.get_autocast_dtype(device))
+        kept = x
+        if site.names and not site.rule.reads_input(site.names):
+            kept = x.new_zeros(()).expand(x.shape)  # only the shape: x may be changed in place
         # The parameters are kept so that autograd notices if somebody writes to them.
-        ctx.save_for_backward(x, *tensors[:num_params])
+        ctx.save_for_backward(kept, *tensors[:num_params])
         y: Tensor = original_class(site.module).forward(site.module, x)
         # Autograd forbids changing a view in place where a custom function made it. The base of
         # this one is a temporary that nobody else sees (F.linear flattens [N, T] for its product).

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
@@ -14,6 +14,10 @@ class LinearRule(Rule):
     """``y = x W^T + b`` with W ``[O, I]``."""
 
     autocasts = True
+
+    def reads_input(self, names: Iterable[str]) -> bool:
+        """For the weight alone."""
+        return "weight" in names
 
     def input_grad(self, module: nn.Module, x: Tensor, grad_out: Tensor) -> Tensor:
         """``grad_out W``."""
@@ -38,6 +42,10 @@ class Conv1DRule(Rule):
     """``y = x W + b`` with W ``[I, O]``, as in GPT-2."""
 
     autocasts = True
+
+    def reads_input(self, names: Iterable[str]) -> bool:
+        """For the weight alone."""
+        return "weight" in names
 
     def input_grad(self, module: nn.Module, x: Tensor, grad_out: Tensor) -> Tensor:
         """``grad_out W^T``."""

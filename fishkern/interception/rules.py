@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import ClassVar
 
 import torch
@@ -50,6 +50,10 @@ class Rule:
 
     def covers(self, module: nn.Module) -> bool:
         """Whether this module, of the rule's type, is one that the rule describes."""
+        return True
+
+    def reads_input(self, names: Iterable[str]) -> bool:
+        """Whether x, not only its shape, is needed for these parameters or for the input."""
         return True
 
     def input_dims(self, module: nn.Module) -> int:
