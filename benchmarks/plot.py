@@ -1,7 +1,7 @@
 """``python -m benchmarks.plot``: the README's two pictures, from a machine's CSV.
 
 speed.svg: the time of a step and of scoring; memory.svg: what an optimizer keeps and scoring takes.
-Drawn from the latest rows, and none of another commit, device or number of threads than the last.
+Drawn from each case's latest rows, and none of another device or number of threads than the last.
 """
 
 from __future__ import annotations
@@ -55,8 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     with args.csv.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    same = ("commit", "device", "threads")
-    rows = [row for row in rows if all(row[key] == rows[-1][key] for key in same)]
+    rows = [row for row in rows if all(row[k] == rows[-1][k] for k in ("device", "threads"))]
+    latest = {row["case"]: row["commit"] for row in rows}
+    rows = [row for row in rows if row["commit"] == latest[row["case"]]]
     args.output.mkdir(parents=True, exist_ok=True)
     for name, draw in (("speed", draw_speed), ("memory", draw_memory)):
         path = args.output / f"{name}.{args.format}"
@@ -164,10 +165,10 @@ def _bars(axes: Any, found: Sequence[Group], title: str) -> None:
 
 
 def _finish(figure: Any, rows: Sequence[Row], path: Path) -> None:
-    last = rows[-1]
+    last, commits = rows[-1], ", ".join(sorted({row["commit"] for row in rows}))
     caption = (
         f"{last['machine']}, {last['device']}, {last['threads']} thread(s), float32, "
-        f"torch {last['torch']}, fishkern {last['fishkern']} at {last['commit']}, "
+        f"torch {last['torch']}, fishkern {last['fishkern']} at {commits}, "
         f"{last['date'][:10]}; medians, less is better"
     )
     figure.supxlabel(caption, fontsize=7, color="#555555", x=0.01, ha="left")
