@@ -65,11 +65,11 @@ def scoring_mode(model: nn.Module, candidates: Iterable[nn.Parameter]) -> Iterat
     candidates = list(candidates)
     with ExitStack() as stack:
         stack.enter_context(random_state())
-        stack.enter_context(_attributes(model))
+        stack.enter_context(restored_attributes(model))
         stack.enter_context(_restored([_grad_flag(p) for p in model.parameters()]))
         stack.enter_context(_restored([_grad(p) for p in candidates]))
-        stack.enter_context(_buffers(model))
-        stack.enter_context(_hooks_aside(candidates))
+        stack.enter_context(restored_buffers(model))
+        stack.enter_context(hooks_aside(candidates))
         for param in candidates:
             param.grad = None
         checkpointing = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
@@ -95,7 +95,7 @@ def _restored(undo: Iterable[Restore]) -> Iterator[None]:
 
 
 @contextmanager
-def _attributes(model: nn.Module) -> Iterator[None]:
+def restored_attributes(model: nn.Module) -> Iterator[None]:
     """Modes, and whatever else the forward notes on its modules (the longest sequence so far)."""
     before = [(module, dict(module.__dict__), dict(module._buffers)) for module in model.modules()]
     try:
@@ -109,7 +109,7 @@ def _attributes(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _hooks_aside(params: Iterable[nn.Parameter]) -> Iterator[None]:
+def hooks_aside(params: Iterable[nn.Parameter]) -> Iterator[None]:
     """The caller's tensor hooks change no gradient, and no optimizer steps in one."""
     kinds = ("_backward_hooks", "_post_accumulate_grad_hooks")
     aside = [(hooks, dict(hooks)) for p in params for kind in kinds if (hooks := getattr(p, kind))]
@@ -133,7 +133,7 @@ def _grad(param: nn.Parameter) -> Restore:
 
 
 @contextmanager
-def _buffers(model: nn.Module) -> Iterator[None]:
+def restored_buffers(model: nn.Module) -> Iterator[None]:
     """Values that the forward changes in place (running statistics, caches) are put back."""
     before: list[tuple[Tensor, int, Tensor]] = [
         (buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers()

@@ -18,7 +18,12 @@ from fishkern.losses import LossFn, default_loss
 from fishkern.masks import select as select_entries
 from fishkern.names import match, named_parameters
 from fishkern.optim import FishSparseAdamW
-from fishkern.preserve import _attributes, _buffers, _hooks_aside, random_state
+from fishkern.preserve import (
+    hooks_aside,
+    random_state,
+    restored_attributes,
+    restored_buffers,
+)
 from fishkern.train_only import attached
 from fishkern.train_only import train_only as attach
 
@@ -172,9 +177,9 @@ def _rewound(model: nn.Module, params: Iterable[nn.Parameter]) -> Iterator[None]
     grads = [(param, param.grad) for param in model.parameters()]
     with ExitStack() as stack:
         stack.enter_context(random_state())
-        stack.enter_context(_attributes(model))
-        stack.enter_context(_buffers(model))
-        stack.enter_context(_hooks_aside(params))
+        stack.enter_context(restored_attributes(model))
+        stack.enter_context(restored_buffers(model))
+        stack.enter_context(hooks_aside(params))
         for param, _ in grads:
             param.grad = None
         try:
