@@ -21,11 +21,12 @@ LAYERS = [
     {"integrations"},
     {"recipe", "ird"},
     {
-        *("fisher", "completion", "samples", "verification", "preserve"),
+        *("fisher", "scoring", "completion", "verification", "preserve"),
         *("train_only", "optim"),
     },
     {"leaves"},
-    {"losses", "masks", "delta", "diagonal", "ranking", "summary"},
+    {"losses"},
+    {"samples", "masks", "delta", "diagonal", "ranking", "summary"},
     {"interception"},
     {"functional"},
     {"_ops"},
@@ -34,7 +35,7 @@ LAYERS = [
     {"names", "files"},
 ]
 # The two consumers of interception do not know each other.
-STRANGERS = [({"fisher", "completion", "verification"}, {"train_only", "leaves"})]
+STRANGERS = [({"fisher", "scoring", "completion", "verification"}, {"train_only", "leaves"})]
 HEAVY = {"triton", "transformers", "peft", "accelerate", "datasets", "matplotlib"}
 
 
