@@ -145,25 +145,6 @@ class Leaves(nn.Module):
             settled.copy_(rounded(leaf, weight.dtype))
             self._seen[name] = _stamp(leaf, weight)
 
-    @torch.no_grad()
-    def push(self) -> None:
-        """Leaf to weight, after an optimizer has written the leaves."""
-        for name, leaf, weight, indices in self.items():
-            scatter(weight, indices, leaf)
-            self._settle(name, leaf, weight)
-
-    @torch.no_grad()
-    def settle(self) -> None:
-        """The weights have been written along with the leaves."""
-        for name, leaf, weight, _ in self.items():
-            self._settle(name, leaf, weight)
-
-    def _settle(self, name: str, leaf: Tensor, weight: Tensor) -> None:
-        settled = self._buffers[name + SETTLED]
-        assert settled is not None
-        settled.copy_(rounded(leaf, weight.dtype))
-        self._seen[name] = _stamp(leaf, weight)
-
     def _register(self) -> None:
         global _generation
         _generation += 1

@@ -14,7 +14,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from fishkern.interception import exchange_class, original_class, rule_for
 from fishkern.leaves import CHILD, Leaves, gather, leaf_dtype, owner_members
 from fishkern.masks import SparseMask
-from fishkern.names import canonical_name, named_parameters, suggest
+from fishkern.names import named_parameters, suggest
 
 __all__ = ["Handle", "attached", "train_only"]
 
@@ -279,14 +279,12 @@ def _before_forward(model: nn.Module, args: Any) -> None:
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """After any optimizer's step the weights follow the leaves that it holds."""
-    if not _handles:
+    if not _handles or getattr(optimizer, "writes_weights_of_leaves", False):
         return
-    written = getattr(optimizer, "writes_weights_of_leaves", False)
     held = {id(param) for group in optimizer.param_groups for param in group["params"]}
     for handle in list(_handles):
         if any(id(leaf) in held for leaf in handle.parameters()):
-            for leaves in handle._leaves():
-                leaves.settle() if written else leaves.push()
+            handle.sync()
 
 
 register_optimizer_step_post_hook(_after_step)
@@ -317,7 +315,7 @@ def _check_mask(params: dict[str, nn.Parameter], mask: SparseMask) -> None:
                 f"the mask names {name!r}, which the model does not have"
                 f"{suggest(name, params)}: select again for this model"
             )
-        param, shape = params[canonical_name(name)], tuple(mask.shapes[name])
+        param, shape = params[name], tuple(mask.shapes[name])
         if tuple(param.shape) != shape:
             raise ValueError(
                 f"{name!r} has shape {list(param.shape)}, but the mask was made for "

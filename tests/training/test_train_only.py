@@ -361,6 +361,23 @@ def test_leaves_written_by_hand_count_in_training_mode():
     assert model._parameters["weight"].flatten()[[2, 9]].tolist() == [3.0, 3.0]
 
 
+@pytest.mark.parametrize("make", [torch.optim.SGD, FishSparseAdamW])
+def test_a_step_keeps_what_was_written_to_other_leaves(make):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    shapes = {"0.weight": (4, 4), "1.weight": (4, 4)}
+    mask = SparseMask(dict.fromkeys(shapes, torch.tensor([2, 9])), shapes)
+    first, second = train_only(model, mask, unlisted="freeze").parameters()
+    optimizer = make([first], lr=0.1)  # it knows nothing of the second leaf
+    model(torch.randn(3, 4)).sum().backward()
+    with torch.no_grad():
+        second.fill_(3.0)
+    optimizer.step()
+    model(torch.randn(1, 4))
+    assert second.tolist() == [3.0, 3.0]
+    assert model[1]._parameters["weight"].flatten()[[2, 9]].tolist() == [3.0, 3.0]
+    assert torch.equal(model[0]._parameters["weight"].flatten()[[2, 9]], first.detach())
+
+
 def test_functional_call_leaves_the_leaves_alone():
     model = nn.Linear(4, 4)
     mask = SparseMask({"weight": torch.tensor([2, 9])}, {"weight": (4, 4)})
