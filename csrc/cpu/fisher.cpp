@@ -7,22 +7,20 @@
 #include "cpu/simd/fisher.h"
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <array>
-#include <memory>
-#include <new>
 #include <optional>
 #include <utility>
 #include <vector>
 
+#include "cpu/tensors.h"
+
 namespace fishkern::fisher {
 namespace {
 
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+constexpr const char* kOp = "linear_fisher_";
 
 // Blocks of the result: large enough that packing is cheap beside the products, small enough for
 // the second-level cache, and, if the result is small, for enough of them to share among threads.
@@ -32,54 +30,6 @@ constexpr int64_t kEnoughBlocks = 16;
 
 // Fewer floating-point operations than this are not worth another thread.
 constexpr int64_t kGrain = 1 << 20;
-
-struct AlignedDelete {
-  void operator()(float* p) const { ::operator delete(p, std::align_val_t{64}); }
-};
-using Scratch = std::unique_ptr<float, AlignedDelete>;
-
-Scratch new_scratch(int64_t size) {
-  return Scratch(static_cast<float*>(::operator new(size * sizeof(float), std::align_val_t{64})));
-}
-
-// [N, *, features] as [N, T, features], float32 or a 16-bit type; a copy only where the token
-// dimensions cannot be joined or the dtype is another one.
-Tensor as_samples_tokens(const Tensor& tensor) {
-  const int64_t last = tensor.dim() - 1;
-  int64_t tokens = 1;
-  for (int64_t d = 1; d < last; ++d) tokens *= tensor.size(d);
-  const std::array<int64_t, 3> shape{tensor.size(0), tokens, tensor.size(last)};
-  const Tensor joined = torch::stable::reshape(tensor, {shape.data(), shape.size()});
-  const ScalarType dtype = joined.scalar_type();
-  const bool readable =
-      dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
-  return readable ? joined : torch::stable::to(joined, ScalarType::Float);
-}
-
-Operand operand(const Tensor& tensor) {
-  const ScalarType dtype = tensor.scalar_type();
-  return {.data = tensor.const_data_ptr(),
-          .dtype = dtype == ScalarType::Float      ? Dtype::float32
-                   : dtype == ScalarType::BFloat16 ? Dtype::bfloat16
-                                                   : Dtype::float16,
-          .size = tensor.size(2),
-          .sample_stride = tensor.stride(0),
-          .token_stride = tensor.stride(1),
-          .stride = tensor.stride(2)};
-}
-
-float* accumulator(const char* name, const Tensor& tensor) {
-  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float, "the native linear_fisher_ takes ",
-                  name, " in float32, got ", torch::headeronly::toString(tensor.scalar_type()),
-                  ": use float32, or fishkern.use_backend(\"reference\") for float64");
-  return static_cast<float*>(tensor.mutable_data_ptr());
-}
-
-void check_shape(const char* name, const Tensor& tensor, const std::vector<int64_t>& shape) {
-  const auto sizes = tensor.sizes();
-  STD_TORCH_CHECK(std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end()), name,
-                  " has the wrong shape: see fishkern.functional.linear_fisher_");
-}
 
 // The shorter operand is read one number at a time, the longer one in vectors.
 void make_columns_long(Problem& problem) {
@@ -129,24 +79,21 @@ void linear_fisher_(Tensor fisher, Tensor x, Tensor grad_out, std::optional<Tens
   const int64_t num_outputs = grad_out.size(last), num_inputs = x.size(last);
   std::vector<int64_t> grad_shape(x.sizes().begin(), x.sizes().end());
   grad_shape.back() = num_outputs;
-  check_shape("grad_out", grad_out, grad_shape);
-  check_shape("fisher", fisher, {num_outputs, num_inputs});
-  if (bias_fisher) check_shape("bias_fisher", *bias_fisher, {num_outputs});
-  if (sample_scores) check_shape("sample_scores", *sample_scores, {num_samples});
-  if (mask) {
-    check_shape("mask", *mask, {num_outputs, num_inputs});
-    STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool, "mask must be a bool tensor");
-  }
-  float* const fisher_data = accumulator("fisher", fisher);
-  float* const bias_data = bias_fisher ? accumulator("bias_fisher", *bias_fisher) : nullptr;
-  float* const score_data = sample_scores ? accumulator("sample_scores", *sample_scores) : nullptr;
+  check_shape(kOp, "grad_out", grad_out, grad_shape);
+  const std::vector<int64_t> shape{num_outputs, num_inputs};
+  float* const fisher_data = accumulator(kOp, "fisher", fisher, shape);
+  float* const bias_data =
+      bias_fisher ? accumulator(kOp, "bias_fisher", *bias_fisher, {num_outputs}) : nullptr;
+  float* const score_data =
+      sample_scores ? accumulator(kOp, "sample_scores", *sample_scores, {num_samples}) : nullptr;
+  const bool* const mask_values = mask ? mask_data(kOp, "mask", *mask, shape) : nullptr;
 
   const Tensor x3 = as_samples_tokens(x), grad3 = as_samples_tokens(grad_out);
   const int64_t num_tokens = x3.size(1);
   if (num_samples == 0 || num_tokens == 0 || num_outputs == 0) return;
 
-  Problem problem{.rows = operand(grad3),
-                  .cols = operand(x3),
+  Problem problem{.rows = {operand(grad3)},
+                  .cols = {operand(x3)},
                   .samples = num_samples,
                   .tokens = num_tokens,
                   .fisher = fisher_data,
@@ -155,7 +102,7 @@ void linear_fisher_(Tensor fisher, Tensor x, Tensor grad_out, std::optional<Tens
   problem.rows.bias = bias_data;
   if (bias_data) problem.rows.bias_stride = bias_fisher->stride(0);
   if (sample_scores && mask) {
-    problem.mask = static_cast<const bool*>(mask->const_data_ptr());
+    problem.mask = mask_values;
     problem.mask_row_stride = mask->stride(0);
     problem.mask_col_stride = mask->stride(1);
   }

@@ -52,8 +52,8 @@ struct BiasSums {
     }
   }
 
-  void write(const Operand& operand, int64_t begin, int64_t size) const {
-    for (int64_t j = 0; j < size; ++j) operand.bias[(begin + j) * operand.bias_stride] += total[j];
+  void write(const Side& side, int64_t begin, int64_t size) const {
+    for (int64_t j = 0; j < size; ++j) side.bias[(begin + j) * side.bias_stride] += total[j];
   }
 };
 

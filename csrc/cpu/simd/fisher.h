@@ -8,24 +8,19 @@
 #include <cstdint>
 
 #include "cpu/capability.h"
+#include "cpu/simd/operand.h"
 
 namespace fishkern::fisher {
 
-enum class Dtype { float32, bfloat16, float16 };
-
-// One operand [samples, tokens, size], in elements of dtype.
-struct Operand {
-  const void* data;
-  Dtype dtype;
-  int64_t size;
-  int64_t sample_stride, token_stride, stride;
+// One of the two operands.
+struct Side : Operand {
   // Where given, bias[r * bias_stride] += sum_n (sum_t operand[n,t,r])^2.
   float* bias = nullptr;
   int64_t bias_stride = 0;
 };
 
 struct Problem {
-  Operand rows, cols;
+  Side rows, cols;
   int64_t samples, tokens;
   // fisher[r * row_stride + c * col_stride] += sum_n (sum_t rows[n,t,r] cols[n,t,c])^2.
   float* fisher;

@@ -11,30 +11,6 @@
 namespace fishkern::fisher {
 namespace {
 
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
-
-inline float to_float(float value) { return value; }
-
-inline float to_float(BFloat16 value) {
-  return __builtin_bit_cast(float, uint32_t{value.bits} << 16);
-}
-
-// Written without branches, for the compiler to vectorise: the half's exponent and mantissa are
-// read as a float32, whose exponent is then too small by 112. Infinity and NaN come out as 2^16 and
-// above, and get the largest exponent.
-inline float to_float(Float16 value) {
-  const uint32_t magnitude = uint32_t{value.bits & 0x7fffu} << 13;
-  const float scaled = __builtin_bit_cast(float, magnitude) * 0x1p112f;
-  const uint32_t special = magnitude >= 0x0f800000u ? 0x7f800000u : 0u;
-  const uint32_t sign = uint32_t{value.bits & 0x8000u} << 16;
-  return __builtin_bit_cast(float, __builtin_bit_cast(uint32_t, scaled) | special | sign);
-}
-
 // The tokens that are packed together: whole samples, or a part of one.
 struct Chunk {
   int64_t sample, samples;
@@ -88,14 +64,7 @@ void pack(const Operand& operand, bool squared, const Chunk& chunk, int64_t begi
     squared ? pack_as<T, kPanel, kRound, true>(operand, chunk, begin, size, out)
             : pack_as<T, kPanel, kRound, false>(operand, chunk, begin, size, out);
   };
-  switch (operand.dtype) {
-    case Dtype::float32:
-      return run(float{});
-    case Dtype::bfloat16:
-      return run(BFloat16{});
-    case Dtype::float16:
-      return run(Float16{});
-  }
+  with_type(operand.dtype, run);
 }
 
 }  // namespace

@@ -1,0 +1,79 @@
+// How the tensors of the Fisher ops become what csrc/cpu/simd computes with.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <array>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "cpu/simd/operand.h"
+
+namespace fishkern {
+
+struct AlignedDelete {
+  void operator()(float* p) const { ::operator delete(p, std::align_val_t{64}); }
+};
+using Scratch = std::unique_ptr<float, AlignedDelete>;
+
+inline Scratch new_scratch(int64_t size) {
+  return Scratch(static_cast<float*>(::operator new(size * sizeof(float), std::align_val_t{64})));
+}
+
+// [N, *, features] as [N, T, features], float32 or a 16-bit type; a copy only where the token
+// dimensions cannot be joined or the dtype is another one.
+inline torch::stable::Tensor as_samples_tokens(const torch::stable::Tensor& tensor) {
+  using torch::headeronly::ScalarType;
+  const int64_t last = tensor.dim() - 1;
+  int64_t tokens = 1;
+  for (int64_t d = 1; d < last; ++d) tokens *= tensor.size(d);
+  const std::array<int64_t, 3> shape{tensor.size(0), tokens, tensor.size(last)};
+  const auto joined = torch::stable::reshape(tensor, {shape.data(), shape.size()});
+  const ScalarType dtype = joined.scalar_type();
+  const bool readable =
+      dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
+  return readable ? joined : torch::stable::to(joined, ScalarType::Float);
+}
+
+inline Operand operand(const torch::stable::Tensor& tensor) {
+  using torch::headeronly::ScalarType;
+  const ScalarType dtype = tensor.scalar_type();
+  return {.data = tensor.const_data_ptr(),
+          .dtype = dtype == ScalarType::Float      ? Dtype::float32
+                   : dtype == ScalarType::BFloat16 ? Dtype::bfloat16
+                                                   : Dtype::float16,
+          .size = tensor.size(2),
+          .sample_stride = tensor.stride(0),
+          .token_stride = tensor.stride(1),
+          .stride = tensor.stride(2)};
+}
+
+inline void check_shape(const char* op, const char* name, const torch::stable::Tensor& tensor,
+                        const std::vector<int64_t>& shape) {
+  const auto sizes = tensor.sizes();
+  STD_TORCH_CHECK(std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end()), name,
+                  " has the wrong shape: see fishkern.functional.", op);
+}
+
+inline float* accumulator(const char* op, const char* name, const torch::stable::Tensor& tensor,
+                          const std::vector<int64_t>& shape) {
+  check_shape(op, name, tensor, shape);
+  STD_TORCH_CHECK(tensor.scalar_type() == torch::headeronly::ScalarType::Float, "the native ", op,
+                  " takes ", name, " in float32, got ",
+                  torch::headeronly::toString(tensor.scalar_type()),
+                  ": use float32, or fishkern.use_backend(\"reference\") for float64");
+  return static_cast<float*>(tensor.mutable_data_ptr());
+}
+
+inline const bool* mask_data(const char* op, const char* name, const torch::stable::Tensor& tensor,
+                             const std::vector<int64_t>& shape) {
+  check_shape(op, name, tensor, shape);
+  STD_TORCH_CHECK(tensor.scalar_type() == torch::headeronly::ScalarType::Bool, name,
+                  " must be a bool tensor");
+  return static_cast<const bool*>(tensor.const_data_ptr());
+}
+
+}  // namespace fishkern
