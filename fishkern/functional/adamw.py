@@ -1,10 +1,4 @@
-"""The direct door to the ops: checked, documented functions over tensors.
-
-Each is also ``torch.ops.fishkern.<name>``, with a fake kernel, so that it can stand inside
-``torch.compile(fullgraph=True)``. A name that ends in an underscore changes its arguments in
-place and returns None. All accumulation is in float32 (in float64 where the accumulator is
-float64, which the plain-torch backend accepts).
-"""
+"""AdamW on selected entries."""
 
 from __future__ import annotations
 
@@ -14,109 +8,6 @@ import torch
 from torch import Tensor
 
 from fishkern import _ops  # noqa: F401  (registers torch.ops.fishkern)
-
-__all__ = ["linear_fisher_", "masked_adamw_", "topk_indices"]
-
-
-def linear_fisher_(
-    fisher: Tensor,
-    x: Tensor,
-    grad_out: Tensor,
-    *,
-    bias_fisher: Tensor | None = None,
-    sample_scores: Tensor | None = None,
-    mask: Tensor | None = None,
-) -> None:
-    """Add a linear layer's per-sample squared weight gradients to ``fisher``, in place.
-
-    For samples n, tokens t, input features i and output features o::
-
-        G[n]    = sum_t grad_out[n, t] x[n, t]^T                      [O, I]
-        fisher += sum_n G[n]^2                                        squared after the sum over t
-        bias_fisher      += sum_n (sum_t grad_out[n, t])^2
-        sample_scores[n] += sum_{o,i in mask} G[n]^2
-
-    This is the diagonal of the empirical Fisher information, up to the factor 1/N, if
-    ``grad_out`` is the gradient of the sum of the samples' own losses (Sung et al., "Training
-    Neural Networks with Fixed Sparse Masks", 2021, section 3.1).
-
-    Args:
-        fisher: Accumulator, float32 ``[O, I]``.
-        x: The layer's input ``[N, *, I]``, any floating dtype and strides. All dimensions between
-            the first and the last are tokens; there may be none.
-        grad_out: Gradient at the layer's output ``[N, *, O]``, as ``x``.
-        bias_fisher: Accumulator for the bias, float32 ``[O]``.
-        sample_scores: Accumulator per sample, float32 ``[N]``.
-        mask: Which weights count in ``sample_scores``, bool ``[O, I]``; None: all.
-
-    Raises:
-        ValueError: Shapes do not fit together.
-        TypeError: A dtype is not the one named above.
-
-    Example:
-        >>> import torch
-        >>> x, grad_out = torch.randn(4, 5, 3), torch.randn(4, 5, 2)
-        >>> fisher = torch.zeros(2, 3)
-        >>> linear_fisher_(fisher, x, grad_out)
-        >>> per_sample = torch.einsum("nto,nti->noi", grad_out, x)
-        >>> torch.testing.assert_close(fisher, per_sample.square().sum(0))
-    """
-    if x.dim() < 2 or grad_out.dim() != x.dim() or x.shape[:-1] != grad_out.shape[:-1]:
-        raise ValueError(
-            f"x {list(x.shape)} and grad_out {list(grad_out.shape)} must be [N, *, I] and "
-            f"[N, *, O] with the same leading dimensions"
-        )
-    shape = (grad_out.shape[-1], x.shape[-1])
-    _check_accumulator("fisher", fisher, shape)
-    for name, tensor in (("x", x), ("grad_out", grad_out)):
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} has dtype {tensor.dtype}: pass a floating-point tensor")
-    if bias_fisher is not None:
-        _check_accumulator("bias_fisher", bias_fisher, shape[:1])
-    if sample_scores is not None:
-        _check_accumulator("sample_scores", sample_scores, (x.shape[0],))
-    if mask is not None:
-        if sample_scores is None:
-            raise ValueError("mask restricts sample_scores, which is None: pass both or neither")
-        if mask.dtype != torch.bool:
-            raise TypeError(f"mask has dtype {mask.dtype}: pass a bool tensor")
-        if tuple(mask.shape) != shape:
-            raise ValueError(f"mask has shape {list(mask.shape)}, the weight {list(shape)}")
-    torch.ops.fishkern.linear_fisher_(
-        fisher, x, grad_out, bias_fisher=bias_fisher, sample_scores=sample_scores, mask=mask
-    )
-
-
-def topk_indices(scores: Sequence[Tensor], k: int) -> list[Tensor]:
-    """The positions of the k largest scores over a whole list of tensors, exactly k of them.
-
-    The scores are neither copied nor sorted. Ties go to the earlier tensor and, within a tensor,
-    to the lower position, so that the result does not depend on the device or thread count.
-
-    Args:
-        scores: float32 tensors of any shape, without NaN.
-        k: How many, from 0 to the number of all scores.
-
-    Returns:
-        For each tensor the flat positions selected in it: int64, 1-D, ascending, maybe empty.
-
-    Raises:
-        ValueError: ``k`` is negative or larger than the number of scores.
-        TypeError: A tensor is not float32.
-
-    Example:
-        >>> import torch
-        >>> topk_indices([torch.tensor([3.0, 1.0]), torch.tensor([[1.0, 2.0]])], 3)
-        [tensor([0, 1]), tensor([1])]
-    """
-    total = sum(s.numel() for s in scores)
-    if not 0 <= k <= total:
-        raise ValueError(f"k is {k}, but there are {total} scores: choose k from 0 to {total}")
-    for i, score in enumerate(scores):
-        if score.dtype not in (torch.float32, torch.float64):
-            raise TypeError(f"scores[{i}] has dtype {score.dtype}: pass float32")
-    indices: list[Tensor] = torch.ops.fishkern.topk_indices(list(scores), k)
-    return indices
 
 
 def masked_adamw_(
@@ -221,13 +112,6 @@ def _step_vector(steps: Sequence[Tensor | float] | Tensor, device: torch.device)
     if all(isinstance(step, Tensor) for step in steps):
         return torch.stack([step.to(torch.float32) for step in steps if isinstance(step, Tensor)])
     return torch.tensor([float(step) for step in steps], dtype=torch.float32, device="cpu")
-
-
-def _check_accumulator(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    if tensor.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"{name} has dtype {tensor.dtype}: accumulate in float32")
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {list(shape)}")
 
 
 def _check_entry(i: int, param: Tensor, entry: dict[str, Tensor]) -> None:

@@ -1,0 +1,13 @@
+"""The direct door to the ops: checked, documented functions over tensors.
+
+Each is also ``torch.ops.fishkern.<name>``, with a fake kernel, so that it can stand inside
+``torch.compile(fullgraph=True)``. A name that ends in an underscore changes its arguments in
+place and returns None. All accumulation is in float32 (in float64 where the accumulator is
+float64, which the plain-torch backend accepts).
+"""
+
+from fishkern.functional.adamw import masked_adamw_
+from fishkern.functional.linear import linear_fisher_
+from fishkern.functional.topk import topk_indices
+
+__all__ = ["linear_fisher_", "masked_adamw_", "topk_indices"]
