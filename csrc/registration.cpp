@@ -8,6 +8,13 @@ STABLE_TORCH_LIBRARY(fishkern_native, m) {
       "linear_fisher_(Tensor(a!) fisher, Tensor x, Tensor grad_out, *, Tensor(b!)? "
       "bias_fisher=None, "
       "Tensor(c!)? sample_scores=None, Tensor? mask=None) -> ()");
+  m.def(
+      "embedding_fisher_(Tensor(a!) fisher, Tensor ids, Tensor grad_out, *, int? "
+      "padding_idx=None, Tensor(b!)? sample_scores=None, Tensor? mask=None) -> ()");
+  m.def(
+      "norm_fisher_(Tensor(a!)? weight_fisher, Tensor(b!)? bias_fisher, Tensor? x_hat, "
+      "Tensor grad_out, *, Tensor(c!)? sample_scores=None, Tensor? weight_mask=None, "
+      "Tensor? bias_mask=None) -> ()");
   m.def("topk_indices(Tensor[] scores, SymInt k) -> Tensor[]");
   m.def(
       "masked_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor[] indices, Tensor(b!)[] exp_avgs, "

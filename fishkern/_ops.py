@@ -22,6 +22,14 @@ SCHEMAS = {
         "(Tensor(a!) fisher, Tensor x, Tensor grad_out, *, Tensor(b!)? bias_fisher=None, "
         "Tensor(c!)? sample_scores=None, Tensor? mask=None) -> ()"
     ),
+    "embedding_fisher_": (
+        "(Tensor(a!) fisher, Tensor ids, Tensor grad_out, *, int? padding_idx=None, "
+        "Tensor(b!)? sample_scores=None, Tensor? mask=None) -> ()"
+    ),
+    "norm_fisher_": (
+        "(Tensor(a!)? weight_fisher, Tensor(b!)? bias_fisher, Tensor? x_hat, Tensor grad_out, *, "
+        "Tensor(c!)? sample_scores=None, Tensor? weight_mask=None, Tensor? bias_mask=None) -> ()"
+    ),
     "topk_indices": "(Tensor[] scores, SymInt k) -> Tensor[]",
     "masked_adamw_": (
         "(Tensor(a!)[] params, Tensor[] grads, Tensor[] indices, Tensor(b!)[] exp_avgs, "
@@ -45,6 +53,23 @@ SCHEMAS = {
 def linear_fisher_(fisher: Tensor, *args: Any, **kwargs: Any) -> None:
     """Accumulate per-sample squared gradients of a linear layer."""
     choose("linear_fisher_", fisher.device.type)(fisher, *args, **kwargs)
+
+
+def embedding_fisher_(fisher: Tensor, *args: Any, **kwargs: Any) -> None:
+    """Accumulate per-sample squared gradients of an embedding."""
+    choose("embedding_fisher_", fisher.device.type)(fisher, *args, **kwargs)
+
+
+def norm_fisher_(
+    weight_fisher: Tensor | None,
+    bias_fisher: Tensor | None,
+    x_hat: Tensor | None,
+    grad_out: Tensor,
+    **kwargs: Any,
+) -> None:
+    """Accumulate per-sample squared gradients of a scale and a shift by feature."""
+    run = choose("norm_fisher_", grad_out.device.type)
+    run(weight_fisher, bias_fisher, x_hat, grad_out, **kwargs)
 
 
 def topk_indices(scores: Sequence[Tensor], k: int) -> list[Tensor]:
@@ -84,6 +109,8 @@ def _register(function: Callable[..., Any], fake: Callable[..., Any]) -> None:
 
 
 _register(linear_fisher_, _mutates_only)
+_register(embedding_fisher_, _mutates_only)
+_register(norm_fisher_, _mutates_only)
 _register(topk_indices, _fake_topk_indices)
 _register(masked_adamw_, _mutates_only)
 _register(masked_adamw_packed_, _mutates_only)

@@ -7,7 +7,15 @@ float64, which the plain-torch backend accepts).
 """
 
 from fishkern.functional.adamw import masked_adamw_
+from fishkern.functional.embedding import embedding_fisher_
 from fishkern.functional.linear import linear_fisher_
+from fishkern.functional.norm import norm_fisher_
 from fishkern.functional.topk import topk_indices
 
-__all__ = ["linear_fisher_", "masked_adamw_", "topk_indices"]
+__all__ = [
+    "embedding_fisher_",
+    "linear_fisher_",
+    "masked_adamw_",
+    "norm_fisher_",
+    "topk_indices",
+]

@@ -12,3 +12,17 @@ def check_accumulator(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None
         raise TypeError(f"{name} has dtype {tensor.dtype}: accumulate in float32")
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {list(shape)}")
+
+
+def check_mask(
+    name: str, mask: Tensor | None, shape: tuple[int, ...], sample_scores: Tensor | None
+) -> None:
+    """Refuse a mask of another dtype or shape, or one without scores that it restricts."""
+    if mask is None:
+        return
+    if sample_scores is None:
+        raise ValueError(f"{name} restricts sample_scores, which is None: pass both or neither")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{name} has dtype {mask.dtype}: pass a bool tensor")
+    if tuple(mask.shape) != shape:
+        raise ValueError(f"{name} has shape {list(mask.shape)}, the parameter {list(shape)}")

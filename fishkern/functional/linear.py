@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fishkern import _ops  # noqa: F401  (registers torch.ops.fishkern)
-from fishkern.functional.checks import check_accumulator
+from fishkern.functional.checks import check_accumulator, check_mask
 
 
 def linear_fisher_(
@@ -66,13 +66,7 @@ def linear_fisher_(
         check_accumulator("bias_fisher", bias_fisher, shape[:1])
     if sample_scores is not None:
         check_accumulator("sample_scores", sample_scores, (x.shape[0],))
-    if mask is not None:
-        if sample_scores is None:
-            raise ValueError("mask restricts sample_scores, which is None: pass both or neither")
-        if mask.dtype != torch.bool:
-            raise TypeError(f"mask has dtype {mask.dtype}: pass a bool tensor")
-        if tuple(mask.shape) != shape:
-            raise ValueError(f"mask has shape {list(mask.shape)}, the weight {list(shape)}")
+    check_mask("mask", mask, shape, sample_scores)
     torch.ops.fishkern.linear_fisher_(
         fisher, x, grad_out, bias_fisher=bias_fisher, sample_scores=sample_scores, mask=mask
     )

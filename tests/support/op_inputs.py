@@ -16,6 +16,33 @@ def linear_fisher_():
     )
 
 
+def embedding_fisher_():
+    ids, grad_out = torch.randint(6, (3, 4)), torch.randn(3, 4, 5)
+    yield (torch.zeros(6, 5), ids, grad_out), {}
+    yield (
+        (torch.zeros(6, 5), ids[:, 0].int(), grad_out[:, 0]),
+        {
+            "padding_idx": 2,
+            "sample_scores": torch.zeros(3),
+            "mask": torch.rand(6, 5) > 0.5,
+        },
+    )
+
+
+def norm_fisher_():
+    x_hat, grad_out = torch.randn(3, 4, 5), torch.randn(3, 4, 5)
+    yield (torch.zeros(5), None, x_hat, grad_out), {}
+    yield (None, torch.zeros(5), None, grad_out[:, 0]), {}
+    yield (
+        (torch.zeros(5), torch.zeros(5), x_hat, grad_out),
+        {
+            "sample_scores": torch.zeros(3),
+            "weight_mask": torch.rand(5) > 0.5,
+            "bias_mask": torch.rand(5) > 0.5,
+        },
+    )
+
+
 def topk_indices():
     yield ([torch.randn(2, 5), torch.randn(7)], 6), {}
 
@@ -49,7 +76,17 @@ def masked_adamw_packed_():
         yield (params, grads, offsets, *state, *rates), extra
 
 
-OPS = {f.__name__: f for f in (linear_fisher_, topk_indices, masked_adamw_, masked_adamw_packed_)}
+OPS = {
+    f.__name__: f
+    for f in (
+        embedding_fisher_,
+        linear_fisher_,
+        norm_fisher_,
+        topk_indices,
+        masked_adamw_,
+        masked_adamw_packed_,
+    )
+}
 CASES = [(name, i) for name, inputs in OPS.items() for i in range(len(list(inputs())))]
 
 

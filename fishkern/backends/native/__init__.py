@@ -9,9 +9,11 @@ import torch
 from fishkern.backends.native import build
 from fishkern.backends.native.build import cache_dir
 from fishkern.backends.native.ops import (
+    embedding_fisher_,
     linear_fisher_,
     masked_adamw_,
     masked_adamw_packed_,
+    norm_fisher_,
     topk_indices,
 )
 
@@ -19,9 +21,11 @@ __all__ = [
     "DEVICES",
     "cache_dir",
     "cpu_capability",
+    "embedding_fisher_",
     "linear_fisher_",
     "masked_adamw_",
     "masked_adamw_packed_",
+    "norm_fisher_",
     "topk_indices",
     "unavailable",
 ]

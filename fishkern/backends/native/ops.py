@@ -13,6 +13,16 @@ def linear_fisher_(*args: Any, **kwargs: Any) -> None:
     torch.ops.fishkern_native.linear_fisher_(*args, **kwargs)
 
 
+def embedding_fisher_(*args: Any, **kwargs: Any) -> None:
+    """See ``csrc/cpu/embedding.cpp``."""
+    torch.ops.fishkern_native.embedding_fisher_(*args, **kwargs)
+
+
+def norm_fisher_(*args: Any, **kwargs: Any) -> None:
+    """See ``csrc/cpu/norm.cpp``."""
+    torch.ops.fishkern_native.norm_fisher_(*args, **kwargs)
+
+
 def topk_indices(scores: list[Tensor], k: int) -> list[Tensor]:
     """See ``csrc/cpu/topk.cpp``."""
     indices: list[Tensor] = torch.ops.fishkern_native.topk_indices(scores, k)
