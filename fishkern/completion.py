@@ -76,7 +76,7 @@ class FisherAccumulator:
 
     @contextmanager
     def batch(self, names: Sequence[str], broadcast: int | None = None) -> Iterator[None]:
-        """One forward and backward; hooks on the parameters ``names`` report completion.
+        """One forward and its backwards; hooks on the parameters ``names`` report completion.
 
         ``broadcast``: the number of samples to which inputs that stand for all of them are
         expanded, so that the gradient at the output comes sample by sample.
@@ -87,9 +87,6 @@ class FisherAccumulator:
         hooks = [self.params[n].register_hook(partial(self._completed, n)) for n in names]
         try:
             yield
-            for name in list(self.uses):  # uses deferred to the end of the backward pass
-                if name not in self.strays:
-                    self._accumulate([name])
         finally:
             for hook in hooks:
                 hook.remove()
@@ -213,6 +210,14 @@ class FisherAccumulator:
                 self._accumulate([name])
             elif self.complete.issuperset(together):
                 self._accumulate(together)
+
+    def end_backward(self) -> None:
+        """Accumulate what waited for the end of the pass; another over the graph may follow."""
+        for name in list(self.uses):
+            if name not in self.strays:
+                self._accumulate([name])
+        self.uses.clear()
+        self.complete.clear()
 
     @torch.no_grad()  # also after the backward pass; x comes with the graph that made it
     def _accumulate(self, names: list[str]) -> None:

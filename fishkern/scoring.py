@@ -39,8 +39,10 @@ class Scoring:
         candidates: Mapping[str, nn.Parameter],
         loss_fn: LossFn,
         score_device: torch.device | str | None,
+        labels: str = "empirical",
     ) -> None:
         self.model, self.candidates, self.loss_fn = model, candidates, loss_fn
+        self.labels = labels
         self.scores = {
             name: torch.zeros(param.shape, dtype=torch.float32, device=score_device or param.device)
             for name, param in candidates.items()
@@ -117,7 +119,7 @@ class Scoring:
     def _fused_pass(
         self, batch: Any, size: int | None, only: int | None = None
     ) -> tuple[int, set[str]]:
-        """One forward and backward; of its first ``only`` samples if given. Size and strays."""
+        """A forward, a backward a term; of the first ``only`` samples if given. Size and strays."""
         names = [name for name in self.candidates if name not in self.loop]
         if not names:
             return self._size(batch) if size is None else size, set()
@@ -127,10 +129,11 @@ class Scoring:
         with accumulator.batch(names, size if self.broadcasts else None), intercepted(sites):
             try:
                 losses = self._losses(batch, size)
-                if len(losses) == 0:
+                found = losses.shape[1]
+                if found == 0:
                     return 0, set()
                 first, same = None, True
-                if not self.probed and len(losses) > 1:
+                if not self.probed and found > 1:
                     first, same = self._first_sample(batch, losses.detach())
                     self.probed = True
             except Exception:
@@ -138,21 +141,23 @@ class Scoring:
                     raise
                 same = False  # perhaps by what was expanded; if not, the error comes again
             if same or not accumulator.expanded:
-                alone = partial(self._sample_shapes, batch, len(losses))
-                counts = samples.token_counts(batch, len(losses))
-                accumulator.end_forward(len(losses), first, alone, counts)
-                self._backward(losses[:only].sum(), batch)
-                self._clear_grads()
-                return len(losses), accumulator.strays
+                alone = partial(self._sample_shapes, batch, found)
+                counts = samples.token_counts(batch, found)
+                accumulator.end_forward(found, first, alone, counts)
+                for k, term in enumerate(losses[:, :only]):
+                    self._backward(term.sum(), batch, retain_graph=k + 1 < len(losses))
+                    accumulator.end_backward()
+                    self._clear_grads()
+                return found, accumulator.strays
         self.broadcasts = self.probed = False
         return self._fused_pass(batch, size, only)
 
     def _first_sample(self, batch: Any, losses: Tensor) -> tuple[dict[Site, list[Shape]], bool]:
         """All inputs' shapes when the first sample runs alone; whether its loss is as here."""
-        alone, calls = self._alone(batch, len(losses), 0)
-        if len(alone) != 1:
+        alone, calls = self._alone(batch, losses.shape[1], 0)
+        if alone.shape[-1:] != (1,):
             return calls, not samples.can_slice(batch)
-        return calls, torch.allclose(alone.float(), losses[:1].float(), 5e-2, 1e-3)
+        return calls, torch.allclose(alone.float(), losses[:, :1].float(), 5e-2, 1e-3)
 
     def _sample_shapes(self, batch: Any, size: int, n: int) -> dict[Site, list[Shape]]:
         """All inputs' shapes when sample n runs alone."""
@@ -180,23 +185,24 @@ class Scoring:
         if not names:
             return
         self._require_grad(names)
-        for loss, shared in self._each_loss(batch, size, chosen):
-            self._backward(loss, batch, retain_graph=shared)
-            for name in names:
-                param = self.candidates[name]
-                if param.grad is not None:
-                    use(name, param.grad.detach())
-            self._clear_grads()
+        for terms, shared in self._each_loss(batch, size, chosen):
+            for k, term in enumerate(terms):
+                self._backward(term, batch, retain_graph=shared or k + 1 < len(terms))
+                for name in names:
+                    param = self.candidates[name]
+                    if param.grad is not None:
+                        use(name, param.grad.detach())
+                self._clear_grads()
 
     def losses_alone(self, batch: Any, size: int, chosen: Iterable[int]) -> list[Tensor]:
         """The losses of the one-sample passes, without a graph."""
         with without_graph():
-            return [loss for loss, _ in self._each_loss(batch, size, chosen)]
+            return [terms.sum() for terms, _ in self._each_loss(batch, size, chosen)]
 
     def _each_loss(
         self, batch: Any, size: int, chosen: Iterable[int]
     ) -> Iterator[tuple[Tensor, bool]]:
-        """The chosen samples' losses, each of a batch of its own, and whether they share a graph.
+        """The chosen samples' terms [K], each of a batch of its own; whether they share a graph.
 
         They do where only loss_fn can read the batch: one graph, N backwards.
         """
@@ -205,17 +211,17 @@ class Scoring:
             if whole is None:
                 part = samples.take(batch, n, n + 1, size)
                 objects = samples.holds_objects(batch)
-                losses = require_losses(self._call_loss_fn(part), part, None if objects else 1)
-                if len(losses) == 1:
-                    yield losses.sum(), False
+                losses = self._losses(part, None if objects else 1)
+                if losses.shape[1] == 1:
+                    yield losses[:, 0], False
                     continue
                 whole = self._losses(batch, size)  # the samples are in the batch's objects
-            yield whole[n], True
+            yield whole[:, n], True
 
     def batch_losses(self, batch: Any, size: int) -> Tensor:
         """All losses [N] of the batch, without a graph."""
         with without_graph():
-            return self._losses(batch, size)
+            return self._losses(batch, size).sum(0)
 
     def _add_square(self, name: str, grad: Tensor) -> None:
         scores = self.scores[name]
@@ -241,10 +247,18 @@ class Scoring:
 
     def _size(self, batch: Any) -> int:
         with without_graph():
-            return len(self._losses(batch, None))
+            return self._losses(batch, None).shape[1]
 
     def _losses(self, batch: Any, size: int | None) -> Tensor:
-        return require_losses(self._call_loss_fn(batch), batch, size)
+        """``[K, N]``: a sample's score is the sum of its K terms' squared gradients.
+
+        K is 1, a sample's own loss, but for expected labels (``labels.expected_terms``).
+        """
+        losses = self._call_loss_fn(batch)
+        if self.labels == "expected":
+            terms: Tensor = losses
+            return terms
+        return require_losses(losses, batch, size)[None]
 
     def _call_loss_fn(self, batch: Any) -> Any:
         """The caller's losses, with the gradient of every candidate asked for where it must be.
