@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from fishkern.interception.rules import Rule, register_rule
+from fishkern.functional import embedding_fisher_
+from fishkern.interception.rules import NO_MASKS, Rule, register_rule
 
 
 class EmbeddingRule(Rule):
@@ -36,20 +37,37 @@ class EmbeddingRule(Rule):
         )
         return grad
 
+    def sample_grads(self, module: nn.Module, x: Tensor, grad_out: Tensor) -> dict[str, Tensor]:
+        """A dense ``[N, V, H]``, mostly zeros: scoring does without."""
+        embedding = _embedding(module)
+        rows, size = embedding.num_embeddings, x.shape[0]
+        sample = torch.arange(size, device=x.device).unsqueeze(1)
+        grads = grad_out.new_zeros(size * rows, grad_out.shape[-1])
+        grads.index_add_(0, (sample * rows + x).flatten(), grad_out.flatten(0, -2))
+        grads = grads.view(size, rows, -1)
+        if embedding.padding_idx is not None:
+            grads[:, embedding.padding_idx] = 0.0
+        return {"weight": grads}
+
     def fisher_(
-        self, module: nn.Module, fishers: Mapping[str, Tensor], x: Tensor, grad_out: Tensor
+        self,
+        module: nn.Module,
+        fishers: Mapping[str, Tensor],
+        x: Tensor,
+        grad_out: Tensor,
+        *,
+        sample_scores: Tensor | None = None,
+        masks: Mapping[str, Tensor] = NO_MASKS,
     ) -> None:
         """Sum over each (sample, id) pair's occurrences, square, add to the id's row."""
-        fisher, padding_idx = fishers["weight"], _embedding(module).padding_idx
-        ids, grad = x.flatten(1), grad_out.flatten(0, -2)
-        sample = torch.arange(len(ids), device=ids.device).unsqueeze(1)
-        pairs, place = torch.unique(sample * len(fisher) + ids, return_inverse=True)
-        sums = fisher.new_zeros(len(pairs), fisher.shape[1])
-        sums.index_add_(0, place.flatten(), grad.to(fisher.dtype))
-        rows = pairs % len(fisher)
-        if padding_idx is not None:
-            sums[rows == padding_idx] = 0.0
-        fisher.index_add_(0, rows, sums.square_())
+        embedding_fisher_(
+            fishers["weight"],
+            x.flatten(1),
+            grad_out.flatten(1, -2),
+            padding_idx=_embedding(module).padding_idx,
+            sample_scores=sample_scores,
+            mask=masks.get("weight"),
+        )
 
     def input_grad(self, module: nn.Module, x: Tensor, grad_out: Tensor) -> Tensor:
         """Never asked for: ids have no gradient."""

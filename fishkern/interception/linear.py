@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor, nn
 
 from fishkern.functional import linear_fisher_
-from fishkern.interception.rules import Rule, register_rule
+from fishkern.interception.rules import NO_MASKS, Rule, register_rule, sum_by_sample
 
 
 class LinearRule(Rule):
@@ -28,14 +28,32 @@ class LinearRule(Rule):
         g = grad_out.reshape(-1, grad_out.shape[-1])
         return g.sum(0) if name == "bias" else g.T @ x.reshape(-1, x.shape[-1]).to(g.dtype)
 
+    def sample_grads(self, module: nn.Module, x: Tensor, grad_out: Tensor) -> dict[str, Tensor]:
+        """``sum_t grad_out x^T``; for the bias ``sum_t grad_out``."""
+        return {"weight": grad_out.mT @ x.to(grad_out.dtype), "bias": grad_out.sum(1)}
+
     def fisher_(
-        self, module: nn.Module, fishers: Mapping[str, Tensor], x: Tensor, grad_out: Tensor
+        self,
+        module: nn.Module,
+        fishers: Mapping[str, Tensor],
+        x: Tensor,
+        grad_out: Tensor,
+        *,
+        sample_scores: Tensor | None = None,
+        masks: Mapping[str, Tensor] = NO_MASKS,
     ) -> None:
         """``sum_n (sum_t grad_out x^T)^2``, with the bias in the same pass."""
-        if "weight" in fishers:
-            linear_fisher_(fishers["weight"], x, grad_out, bias_fisher=fishers.get("bias"))
-        elif "bias" in fishers:
-            bias_fisher_(fishers["bias"], grad_out)
+        weight, bias = fishers.get("weight"), fishers.get("bias")
+        if weight is not None:
+            # The kernel's sample_scores are the weight's alone.
+            together = bias if sample_scores is None else None
+            mask = masks.get("weight")
+            linear_fisher_(
+                weight, x, grad_out, bias_fisher=together, sample_scores=sample_scores, mask=mask
+            )
+            bias = bias if together is None else None
+        if bias is not None:
+            bias_fisher_(bias, grad_out, sample_scores, masks.get("bias"))
 
 
 class Conv1DRule(Rule):
@@ -56,20 +74,42 @@ class Conv1DRule(Rule):
         g = grad_out.reshape(-1, grad_out.shape[-1])
         return g.sum(0) if name == "bias" else x.reshape(-1, x.shape[-1]).to(g.dtype).T @ g
 
+    def sample_grads(self, module: nn.Module, x: Tensor, grad_out: Tensor) -> dict[str, Tensor]:
+        """``sum_t x grad_out^T``; for the bias ``sum_t grad_out``."""
+        return {"weight": x.to(grad_out.dtype).mT @ grad_out, "bias": grad_out.sum(1)}
+
     def fisher_(
-        self, module: nn.Module, fishers: Mapping[str, Tensor], x: Tensor, grad_out: Tensor
+        self,
+        module: nn.Module,
+        fishers: Mapping[str, Tensor],
+        x: Tensor,
+        grad_out: Tensor,
+        *,
+        sample_scores: Tensor | None = None,
+        masks: Mapping[str, Tensor] = NO_MASKS,
     ) -> None:
         """The linear layer's kernel with the two sides exchanged: W is ``[I, O]``."""
         if "weight" in fishers:
-            linear_fisher_(fishers["weight"], grad_out, x)
+            mask = masks.get("weight")
+            linear_fisher_(fishers["weight"], grad_out, x, sample_scores=sample_scores, mask=mask)
         if "bias" in fishers:
-            bias_fisher_(fishers["bias"], grad_out)
+            bias_fisher_(fishers["bias"], grad_out, sample_scores, masks.get("bias"))
 
 
-def bias_fisher_(fisher: Tensor, grad_out: Tensor) -> None:
-    """``fisher += sum_n (sum_t grad_out[n, t])^2`` with fisher ``[O]``, grad_out ``[N, *, O]``."""
-    per_sample = grad_out.flatten(1, -2).sum(1, dtype=fisher.dtype)
-    fisher += per_sample.square_().sum(0)
+def bias_fisher_(
+    fisher: Tensor,
+    grad_out: Tensor,
+    sample_scores: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> None:
+    """``fisher += sum_n (sum_t grad_out[n, t])^2`` with fisher ``[O]``, grad_out ``[N, *, O]``.
+
+    ``sample_scores[n]`` gets the same squares, summed over the mask ``[O]``.
+    """
+    squares = grad_out.flatten(1, -2).sum(1, dtype=fisher.dtype).square_()
+    fisher += squares.sum(0)
+    if sample_scores is not None:
+        sample_scores += sum_by_sample(squares, mask)
 
 
 def _weight(module: nn.Module) -> Tensor:

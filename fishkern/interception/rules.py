@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 _RULES: dict[str, Rule] = {}
+
+NO_MASKS: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class Rule:
@@ -78,7 +81,14 @@ class Rule:
         raise NotImplementedError(f"{type(self).__name__} has no sample_grads")
 
     def fisher_(
-        self, module: nn.Module, fishers: Mapping[str, Tensor], x: Tensor, grad_out: Tensor
+        self,
+        module: nn.Module,
+        fishers: Mapping[str, Tensor],
+        x: Tensor,
+        grad_out: Tensor,
+        *,
+        sample_scores: Tensor | None = None,
+        masks: Mapping[str, Tensor] = NO_MASKS,
     ) -> None:
         """Add the squares of the samples' gradients to float32 accumulators, in place.
 
@@ -87,12 +97,18 @@ class Rule:
             fishers: Accumulators of the parameters' shapes by local name; any subset.
             x: As for ``sample_grads``.
             grad_out: As for ``sample_grads``.
+            sample_scores: Accumulator ``[N]``: sample n's squares, summed over the entries.
+            masks: Which entries count in ``sample_scores``, bool by local name; all where none is
+                given.
         """
         wide = torch.promote_types(grad_out.dtype, torch.float32)
         x = x.to(wide) if x.is_floating_point() else x
         grads = self.sample_grads(module, x, grad_out.to(wide))
         for name, fisher in fishers.items():
-            fisher += grads[name].to(fisher.dtype).square().sum(0)
+            squares = grads[name].to(fisher.dtype).square()
+            fisher += squares.sum(0)
+            if sample_scores is not None:
+                sample_scores += sum_by_sample(squares, masks.get(name))
 
     def param_grad(self, module: nn.Module, name: str, x: Tensor, grad_out: Tensor) -> Tensor:
         """The dense gradient of one parameter, over everything there is, in any layout."""
@@ -140,6 +156,13 @@ def rule_for(module: nn.Module) -> Rule | None:
     if rule is None or not module._parameters.keys() >= set(rule.params):
         return None
     return rule if rule.covers(module) else None
+
+
+def sum_by_sample(squares: Tensor, mask: Tensor | None) -> Tensor:
+    """``[N]``: the sum of each sample's ``[N, *shape]`` over the entries in a mask ``[*shape]``."""
+    if mask is not None:
+        squares = squares.masked_fill(~mask, 0.0)
+    return squares.flatten(1).sum(1)
 
 
 def _one_sample(tensor: Tensor, feature_dims: int) -> Tensor:
