@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fishkern.interception import Site
+from fishkern.sample_scores import SampleScores
 
 Shape = tuple[int, ...]
 
@@ -54,9 +55,15 @@ class _Use(NamedTuple):
 class FisherAccumulator:
     """Accumulates ``sum_n g_n^2`` for each parameter, batch by batch."""
 
-    def __init__(self, params: Mapping[str, nn.Parameter], scores: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self,
+        params: Mapping[str, nn.Parameter],
+        scores: Mapping[str, Tensor],
+        by_sample: SampleScores | None = None,
+    ) -> None:
         self.params = params
         self.scores = scores
+        self.by_sample = by_sample
         self.layouts: dict[Site, list[Layout | None]] = {}
         self._begin()
 
@@ -235,7 +242,11 @@ class FisherAccumulator:
         x = torch.cat([self._samples_first(use, use.x, dims_in) for use in uses], 1)
         grad_out = torch.cat([self._samples_first(use, use.grad_out, dims_out) for use in uses], 1)
         targets = {local[n][0]: self._target(n, x.device) for n in names}
-        rule.fisher_(module, targets, x, grad_out)
+        if self.by_sample is None:
+            rule.fisher_(module, targets, x, grad_out)
+        else:
+            full = {local[n][0]: n for n in names}
+            self.by_sample.add_layer(rule, module, targets, full, x, grad_out)
         for name in names:
             target = targets[local[name][0]]
             if target is not self.scores[name]:

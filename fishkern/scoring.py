@@ -16,6 +16,7 @@ from fishkern.completion import FisherAccumulator, Shape
 from fishkern.interception import Site, intercepted, rule_for
 from fishkern.losses import LossFn, require_losses
 from fishkern.preserve import backward
+from fishkern.sample_scores import SampleScores
 from fishkern.verification import check_losses, verify_scores
 
 #: Reentrant checkpointing's warning that a segment gets no gradient.
@@ -40,14 +41,16 @@ class Scoring:
         loss_fn: LossFn,
         score_device: torch.device | str | None,
         labels: str = "empirical",
+        by_sample: SampleScores | None = None,
     ) -> None:
         self.model, self.candidates, self.loss_fn = model, candidates, loss_fn
+        self.by_sample = by_sample
         self.labels = labels
         self.scores = {
             name: torch.zeros(param.shape, dtype=torch.float32, device=score_device or param.device)
             for name, param in candidates.items()
         }
-        self.accumulator = FisherAccumulator(candidates, self.scores)
+        self.accumulator = FisherAccumulator(candidates, self.scores, by_sample)
         self.sites = self._find_sites()
         covered = {name for site in self.sites.values() for name in site.names.values()}
         self.loop = set(candidates) - covered
@@ -88,10 +91,13 @@ class Scoring:
                     f"{sorted(spoiled)} are used outside their modules in a later batch only, "
                     f"under reentrant checkpointing: use checkpointing with use_reentrant=False"
                 )
-            for name in spoiled:
-                self.scores[name].zero_()
+            self._zero_scores()
+            self.loop |= strays
+            return self.add(batch, size)
         self.loop |= strays
         self.one_sample_passes(batch, size, range(size), self.loop, self._add_square)
+        if self.by_sample is not None:
+            self.by_sample.end()
         self.num_samples += size
         return size
 
@@ -122,7 +128,9 @@ class Scoring:
         """A forward, a backward a term; of the first ``only`` samples if given. Size and strays."""
         names = [name for name in self.candidates if name not in self.loop]
         if not names:
-            return self._size(batch) if size is None else size, set()
+            size = self._size(batch) if size is None else size
+            self._begin_samples(size)
+            return size, set()
         self._require_grad(names)
         accumulator = self.accumulator
         sites = {m: s for m, s in self.sites.items() if not self.loop.issuperset(s.names.values())}
@@ -144,6 +152,7 @@ class Scoring:
                 alone = partial(self._sample_shapes, batch, found)
                 counts = samples.token_counts(batch, found)
                 accumulator.end_forward(found, first, alone, counts)
+                self._begin_samples(found)
                 for k, term in enumerate(losses[:, :only]):
                     self._backward(term.sum(), batch, retain_graph=k + 1 < len(losses))
                     accumulator.end_backward()
@@ -151,6 +160,10 @@ class Scoring:
                 return found, accumulator.strays
         self.broadcasts = self.probed = False
         return self._fused_pass(batch, size, only)
+
+    def _begin_samples(self, size: int) -> None:
+        if self.by_sample is not None:
+            self.by_sample.begin(size)
 
     def _first_sample(self, batch: Any, losses: Tensor) -> tuple[dict[Site, list[Shape]], bool]:
         """All inputs' shapes when the first sample runs alone; whether its loss is as here."""
@@ -178,20 +191,22 @@ class Scoring:
         size: int,
         chosen: Iterable[int],
         names: Iterable[str],
-        use: Callable[[str, Tensor], None],
+        use: Callable[[int, str, Tensor], None],
     ) -> None:
-        """Plain autograd, a sample at a time: ``use(name, gradient)`` for each parameter."""
+        """Plain autograd, a sample at a time: ``use(n, name, gradient)`` for each parameter."""
         names = [name for name in self.candidates if name in set(names)]
         if not names:
             return
         self._require_grad(names)
-        for terms, shared in self._each_loss(batch, size, chosen):
+        chosen = list(chosen)
+        each = self._each_loss(batch, size, chosen)
+        for n, (terms, shared) in zip(chosen, each, strict=True):
             for k, term in enumerate(terms):
                 self._backward(term, batch, retain_graph=shared or k + 1 < len(terms))
                 for name in names:
                     param = self.candidates[name]
                     if param.grad is not None:
-                        use(name, param.grad.detach())
+                        use(n, name, param.grad.detach())
                 self._clear_grads()
 
     def losses_alone(self, batch: Any, size: int, chosen: Iterable[int]) -> list[Tensor]:
@@ -223,9 +238,13 @@ class Scoring:
         with without_graph():
             return self._losses(batch, size).sum(0)
 
-    def _add_square(self, name: str, grad: Tensor) -> None:
+    def _add_square(self, n: int, name: str, grad: Tensor) -> None:
         scores = self.scores[name]
-        scores += grad.to_dense().to(scores).square()
+        square = grad.to_dense().to(scores).square()
+        if self.by_sample is None:
+            scores += square
+        else:
+            self.by_sample.add_squares(name, scores, n, square[None])
 
     def _backward(self, loss: Tensor, batch: Any, retain_graph: bool = False) -> None:
         if loss.requires_grad:

@@ -33,7 +33,7 @@ class Scoring(Protocol):
         size: int,
         chosen: Iterable[int],
         names: Iterable[str],
-        use: Callable[[str, Tensor], None],
+        use: Callable[[int, str, Tensor], None],
     ) -> None:
         """Plain autograd, a sample at a time."""
 
@@ -103,7 +103,7 @@ def verify_scores(
     require_finite({name: scoring.scores[name] for name in names})
     scale = {name: _norm(scoring.scores[name]) for name in names}
 
-    def subtract(name: str, grad: Tensor) -> None:
+    def subtract(_: int, name: str, grad: Tensor) -> None:
         scores = scoring.scores[name]
         scores -= grad.to_dense().to(scores).square()
 

@@ -57,7 +57,7 @@ class EmbeddingRule(Rule):
         grad_out: Tensor,
         *,
         sample_scores: Tensor | None = None,
-        masks: Mapping[str, Tensor] = NO_MASKS,
+        masks: Mapping[str, Tensor | None] = NO_MASKS,
     ) -> None:
         """Sum over each (sample, id) pair's occurrences, square, add to the id's row."""
         embedding_fisher_(

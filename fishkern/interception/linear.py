@@ -40,7 +40,7 @@ class LinearRule(Rule):
         grad_out: Tensor,
         *,
         sample_scores: Tensor | None = None,
-        masks: Mapping[str, Tensor] = NO_MASKS,
+        masks: Mapping[str, Tensor | None] = NO_MASKS,
     ) -> None:
         """``sum_n (sum_t grad_out x^T)^2``, with the bias in the same pass."""
         weight, bias = fishers.get("weight"), fishers.get("bias")
@@ -86,7 +86,7 @@ class Conv1DRule(Rule):
         grad_out: Tensor,
         *,
         sample_scores: Tensor | None = None,
-        masks: Mapping[str, Tensor] = NO_MASKS,
+        masks: Mapping[str, Tensor | None] = NO_MASKS,
     ) -> None:
         """The linear layer's kernel with the two sides exchanged: W is ``[I, O]``."""
         if "weight" in fishers:

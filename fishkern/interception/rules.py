@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 _RULES: dict[str, Rule] = {}
 
-NO_MASKS: Mapping[str, Tensor] = MappingProxyType({})
+NO_MASKS: Mapping[str, Tensor | None] = MappingProxyType({})
 
 
 class Rule:
@@ -88,7 +88,7 @@ class Rule:
         grad_out: Tensor,
         *,
         sample_scores: Tensor | None = None,
-        masks: Mapping[str, Tensor] = NO_MASKS,
+        masks: Mapping[str, Tensor | None] = NO_MASKS,
     ) -> None:
         """Add the squares of the samples' gradients to float32 accumulators, in place.
 
@@ -98,8 +98,8 @@ class Rule:
             x: As for ``sample_grads``.
             grad_out: As for ``sample_grads``.
             sample_scores: Accumulator ``[N]``: sample n's squares, summed over the entries.
-            masks: Which entries count in ``sample_scores``, bool by local name; all where none is
-                given.
+            masks: Which entries count in ``sample_scores``, bool by local name; None, or no mask:
+                all.
         """
         wide = torch.promote_types(grad_out.dtype, torch.float32)
         x = x.to(wide) if x.is_floating_point() else x

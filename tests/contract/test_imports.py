@@ -26,7 +26,7 @@ LAYERS = [
     },
     {"leaves"},
     {"losses"},
-    {"samples", "masks", "delta", "diagonal", "ranking", "summary"},
+    {"samples", "sample_scores", "labels", "masks", "delta", "diagonal", "ranking", "summary"},
     {"interception"},
     {"functional"},
     {"_ops"},
