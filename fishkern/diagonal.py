@@ -16,6 +16,7 @@ from fishkern.names import by_canonical_name, canonical_name
 __all__ = ["ROUTES", "FisherDiagonal", "check_scores"]
 
 ROUTES = ("fused", "vmap", "loop")
+_SAMPLE_SCORES = "(sample scores)"  # in files: no parameter has such a name
 
 
 def check_scores(scores: Mapping[str, Tensor]) -> None:
@@ -37,10 +38,12 @@ class FisherDiagonal(Mapping[str, Tensor]):
         num_samples: How many samples the mean is over.
         labels: Where the labels came from: "empirical", "sampled", "expected"; None: not said.
         routes: For each parameter how it was scored: "fused", "vmap" or "loop"; may leave some out.
+        sample_scores: float32 ``[num_samples]``: each sample's squares, summed over entries.
 
     Raises:
         TypeError: A score that is not a float32 tensor, or a field of another type.
-        ValueError: Two names that are one, a route for no parameter, or no samples.
+        ValueError: Two names that are one, a route for no parameter, no samples, or sample scores
+            of another shape.
 
     Example:
         >>> import torch
@@ -56,6 +59,7 @@ class FisherDiagonal(Mapping[str, Tensor]):
         num_samples: int,
         labels: str | None = None,
         routes: Mapping[str, str] | None = None,
+        sample_scores: Tensor | None = None,
     ) -> None:
         if not isinstance(scores, Mapping):
             raise TypeError(f"scores is a {type(scores).__name__}: pass a mapping name -> tensor")
@@ -77,6 +81,16 @@ class FisherDiagonal(Mapping[str, Tensor]):
             if route not in ROUTES:
                 raise ValueError(f"the route of {name!r} is {route!r}: one of {', '.join(ROUTES)}")
 
+        self.sample_scores = sample_scores
+        if sample_scores is not None:
+            check_scores({"sample_scores": sample_scores})
+            if sample_scores.shape != (num_samples,):
+                raise ValueError(
+                    f"sample_scores has shape {list(sample_scores.shape)}, num_samples is "
+                    f"{num_samples}: pass one for each sample"
+                )
+            self.sample_scores = sample_scores.detach()
+
     def __getitem__(self, name: str) -> Tensor:
         return self._scores[canonical_name(name)]
 
@@ -87,13 +101,14 @@ class FisherDiagonal(Mapping[str, Tensor]):
         return len(self._scores)
 
     def __eq__(self, other: object) -> bool:
-        """Bit for bit the same scores, of as many samples and the same labels."""
+        """Bit for bit the same scores, by sample too, of as many samples and the same labels."""
         if not isinstance(other, FisherDiagonal):
             return NotImplemented
         return (
             self._scores.keys() == other._scores.keys()
             and (self.num_samples, self.labels) == (other.num_samples, other.labels)
-            and all(torch.equal(score.cpu(), other[name].cpu()) for name, score in self.items())
+            and all(_equal(score, other[name]) for name, score in self.items())
+            and _equal(self.sample_scores, other.sample_scores)
         )
 
     __hash__ = None  # type: ignore[assignment]
@@ -116,7 +131,10 @@ class FisherDiagonal(Mapping[str, Tensor]):
             "labels": self.labels,
             "routes": self.routes,
         }
-        files.save(path, "fisher", self._scores, fields)
+        tensors = dict(self._scores)
+        if self.sample_scores is not None:
+            tensors[_SAMPLE_SCORES] = self.sample_scores
+        files.save(path, "fisher", tensors, fields)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> FisherDiagonal:
@@ -126,5 +144,12 @@ class FisherDiagonal(Mapping[str, Tensor]):
             ValueError: The file was cut or edited, or holds something else.
         """
         scores, fields = files.load(path, "fisher")
+        sample_scores = scores.pop(_SAMPLE_SCORES, None)
         kwargs: dict[str, Any] = {key: fields[key] for key in ("num_samples", "labels", "routes")}
-        return cls(scores, **kwargs)
+        return cls(scores, sample_scores=sample_scores, **kwargs)
+
+
+def _equal(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return torch.equal(one.cpu(), other.cpu())

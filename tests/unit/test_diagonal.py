@@ -94,3 +94,24 @@ def test_repr_tells_size_and_origin():
     assert repr(FisherDiagonal(scores(), num_samples=2)) == (
         "FisherDiagonal(3 tensors, 9 scores, 2 samples)"
     )
+
+
+def test_sample_scores_are_held_saved_and_compared(tmp_path):
+    given, by_sample = scores(), torch.rand(4)
+    fisher = FisherDiagonal(given, num_samples=4, sample_scores=by_sample)
+    fisher.save(tmp_path / "f")
+    loaded = FisherDiagonal.load(tmp_path / "f")
+    assert list(loaded) == list(given)
+    assert torch.equal(loaded.sample_scores, by_sample)
+    assert loaded == fisher
+    assert fisher != FisherDiagonal(given, num_samples=4, sample_scores=by_sample + 1)
+    assert fisher != FisherDiagonal(given, num_samples=4)
+    FisherDiagonal(given, num_samples=4).save(tmp_path / "f")
+    assert FisherDiagonal.load(tmp_path / "f").sample_scores is None
+
+
+def test_sample_scores_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match=r"sample_scores has shape \[3\], num_samples is 4"):
+        FisherDiagonal(scores(), num_samples=4, sample_scores=torch.rand(3))
+    with pytest.raises(TypeError, match="sample_scores.*float64"):
+        FisherDiagonal(scores(), num_samples=4, sample_scores=torch.rand(4).double())
