@@ -38,13 +38,13 @@ SCHEMAS = {
         "bool maximize=False, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()"
     ),
     # The same with all tensors' state in one: tensor i has the entries offsets[i]:offsets[i + 1]
-    # (int64, on the host). A tensor with as many entries as numbers takes no indices. For small
-    # steps: half of one is the reading of lists.
+    # (int64, on the host). A tensor with as many entries as numbers takes no indices. steps counts
+    # the steps before this one, and is raised. For small steps: half of one is reading lists.
     "masked_adamw_packed_": (
         "(Tensor(a!)[] params, Tensor[] grads, Tensor offsets, Tensor indices, "
         "Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!)? max_exp_avg_sq, "
         "Tensor(e!)? master, "
-        "Tensor steps, Tensor lr, float beta1, float beta2, float eps, float weight_decay, "
+        "Tensor(f!) steps, Tensor lr, float beta1, float beta2, float eps, float weight_decay, "
         "bool maximize=False, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()"
     ),
 }

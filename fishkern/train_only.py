@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -183,7 +184,7 @@ class Handle:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        _handles.add(self)
+        _watch(self)
 
     def _leaves(self) -> Iterator[Leaves]:
         for module in {module: None for module, _, _ in self._dense}:
@@ -246,7 +247,7 @@ class Handle:
         self._freeze()
         self._model.register_forward_pre_hook(_before_forward)
         self._model.__dict__[_ATTACHMENT] = self
-        _handles.add(self)
+        _watch(self)
 
     def _detach(self) -> dict[nn.Module, Leaves]:
         stashed = {}
@@ -287,7 +288,15 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             handle.sync()
 
 
-register_optimizer_step_post_hook(_after_step)
+@functools.cache  # once, and not before anything is attached: every optimizer's step pays for it
+def _watch_steps() -> None:
+    register_optimizer_step_post_hook(_after_step)
+
+
+def _watch(handle: Handle) -> None:
+    """Let this handle's weights follow its leaves after each optimizer step."""
+    _watch_steps()
+    _handles.add(handle)
 
 
 def _check_model(model: nn.Module) -> None:

@@ -110,46 +110,71 @@ struct Options {
 // The steps of all tensors; most often they are equal, and two powers are worth saving.
 class Steps {
  public:
-  Steps(const Tensor& steps, size_t n, const Options& options) : options_(options) {
+  // `raise`: count this step, too, once all is known to be in order.
+  Steps(const Tensor& steps, size_t n, const Options& options, bool raise = false)
+      : options_(options), numel_(n), raise_(raise) {
     STD_TORCH_CHECK(steps.numel() == static_cast<int64_t>(n) && steps.is_contiguous() &&
                         is_dtype(raw_dtype(steps), aoti_torch_dtype_float32),
                     "steps must be a contiguous float32 tensor with ", n, " entries");
-    numbers_ = static_cast<const float*>(steps.const_data_ptr());
+    numbers_ = static_cast<float*>(steps.mutable_data_ptr());
   }
 
   const Step& operator[](size_t i) {
-    if (numbers_[i] != number_) step_ = options_.at(number_ = numbers_[i]);
+    const float number = numbers_[i] + (raise_ ? 1 : 0);
+    if (number != number_) step_ = options_.at(number_ = number);
     return step_;
+  }
+
+  void write() {
+    for (size_t i = 0; i < numel_; ++i) numbers_[i] += 1;
   }
 
  private:
   Options options_;
-  const float* numbers_;
+  size_t numel_;
+  bool raise_;
+  float* numbers_;
   float number_ = 0;
   Step step_ = options_.at(0);
 };
 
+// A parameter or a gradient: where it lies, and how.
+struct Values {
+  void* data;
+  int64_t numel;
+  Dtype dtype;
+  Layout layout;
+
+  Values(const Tensor& tensor, const char* name, size_t i)
+      : data(tensor.mutable_data_ptr()),
+        numel(tensor.numel()),
+        dtype(floating_dtype(tensor, name, i)),
+        layout(tensor) {}
+
+  Values(int64_t address, int64_t n, Dtype type)
+      : data(reinterpret_cast<void*>(address)), numel(n), dtype(type) {}
+};
+
 // One tensor's parameter and gradient; `indices` is null where every entry is selected.
-Entries entries_of(const Tensor& param, const Tensor& grad, Positions indices, int64_t count,
+Entries entries_of(const Values& param, const Values& grad, Positions indices, int64_t count,
                    const Step& step, size_t i) {
-  const int64_t numel = param.numel();
-  const int64_t grad_numel = grad.numel();
-  STD_TORCH_CHECK(grad_numel == numel || grad_numel == count, "grads[", i, "] has ", grad_numel,
-                  " entries; params[", i, "] has ", numel, ", selected are ", count);
+  STD_TORCH_CHECK(grad.numel == param.numel || grad.numel == count, "grads[", i, "] has ",
+                  grad.numel, " entries; params[", i, "] has ", param.numel, ", selected are ",
+                  count);
   if (indices.at == nullptr) {
-    STD_TORCH_CHECK(count == numel, "indices[", i, "] is empty, but there is state for ", count,
-                    " of ", numel, " entries");
+    STD_TORCH_CHECK(count == param.numel, "indices[", i, "] is empty, but there is state for ",
+                    count, " of ", param.numel, " entries");
   } else if (indices.bytes == 4) {
-    check_range<int32_t>(indices.at, count, numel, i);
+    check_range<int32_t>(indices.at, count, param.numel, i);
   } else {
-    check_range<int64_t>(indices.at, count, numel, i);
+    check_range<int64_t>(indices.at, count, param.numel, i);
   }
-  const bool grad_selected = grad_numel == count;
+  const bool grad_selected = grad.numel == count;
   return {.run = {.count = count,
-                  .param = param.mutable_data_ptr(),
-                  .grad = grad.const_data_ptr(),
-                  .param_dtype = floating_dtype(param, "params", i),
-                  .grad_dtype = floating_dtype(grad, "grads", i),
+                  .param = param.data,
+                  .grad = grad.data,
+                  .param_dtype = param.dtype,
+                  .grad_dtype = grad.dtype,
                   .state_dtype = Dtype::kFloat,
                   .param_at = indices,
                   .grad_at = grad_selected ? Positions{nullptr, 0} : indices,
@@ -158,8 +183,8 @@ Entries entries_of(const Tensor& param, const Tensor& grad, Positions indices, i
                   .max_exp_avg_sq = nullptr,
                   .master = nullptr},
           .step = step,
-          .param_layout = Layout(param),
-          .grad_layout = Layout(grad),
+          .param_layout = param.layout,
+          .grad_layout = grad.layout,
           .grad_selected = grad_selected};
 }
 
@@ -210,7 +235,8 @@ void masked_adamw_(const Tensors& params, const Tensors& grads, const Tensors& i
     if (count == 0) continue;
     Positions where{nullptr, 0};
     if (selected) where = {indices[i].const_data_ptr(), index_bytes(indices[i])};
-    Entries& entries = all.emplace_back(entries_of(params[i], grads[i], where, count, step[i], i));
+    Entries& entries = all.emplace_back(
+        entries_of({params[i], "params", i}, {grads[i], "grads", i}, where, count, step[i], i));
     const Tensor* v_max = max_exp_avg_sqs.empty() ? nullptr : &max_exp_avg_sqs[i];
     const Tensor* master = masters.empty() || masters[i].numel() == 0 ? nullptr : &masters[i];
     State(exp_avgs[i], exp_avg_sqs[i], v_max, master, count, i).assign(entries.run, 0);
@@ -218,21 +244,14 @@ void masked_adamw_(const Tensors& params, const Tensors& grads, const Tensors& i
   update_all(all);
 }
 
-// The same with the state of all tensors in one: that of tensor i are the entries from offsets[i]
-// to offsets[i + 1]. The indices lie packed too, but a tensor with as many entries as it has
-// numbers takes none. Half of a small step is the reading of lists; this one reads two in place of
-// five.
-void masked_adamw_packed_(const Tensors& params, const Tensors& grads, const Tensor& offsets,
-                          const Tensor& indices, const Tensor& exp_avg, const Tensor& exp_avg_sq,
-                          const std::optional<Tensor>& max_exp_avg_sq,
-                          const std::optional<Tensor>& master, const Tensor& steps,
-                          const Tensor& lr, double beta1, double beta2, double eps,
-                          double weight_decay, bool maximize,
-                          const std::optional<Tensor>& grad_scale,
-                          const std::optional<Tensor>& found_inf) {
-  if (skipped(found_inf)) return;
-  const size_t n = params.size();
-  STD_TORCH_CHECK(grads.size() == n, "grads has ", grads.size(), " entries, params ", n);
+namespace {
+
+// What the two packed forms share; params[i] and grads[i] are Values.
+template <class Params, class Grads>
+void update_packed(size_t n, const Params& params, const Grads& grads, const Tensor& offsets,
+                   const Tensor& indices, const Tensor& exp_avg, const Tensor& exp_avg_sq,
+                   const std::optional<Tensor>& max_exp_avg_sq, const std::optional<Tensor>& master,
+                   Steps step) {
   STD_TORCH_CHECK(offsets.numel() == static_cast<int64_t>(n) + 1 && offsets.is_contiguous() &&
                       is_dtype(raw_dtype(offsets), aoti_torch_dtype_int64),
                   "offsets must be a contiguous int64 tensor with ", n + 1, " entries");
@@ -244,9 +263,6 @@ void masked_adamw_packed_(const Tensors& params, const Tensors& grads, const Ten
                     master ? &*master : nullptr, total, 0);
   const Positions packed{indices.const_data_ptr(), index_bytes(indices)};
   const int64_t stored = indices.numel();
-  Steps step(
-      steps, n,
-      {scalar(lr, "lr"), beta1, beta2, eps, weight_decay, grad_divisor(grad_scale, maximize)});
   std::vector<Entries> all;
   all.reserve(n);
   int64_t used = 0;
@@ -254,18 +270,70 @@ void masked_adamw_packed_(const Tensors& params, const Tensors& grads, const Ten
     const int64_t count = offset[i + 1] - offset[i];
     STD_TORCH_CHECK(count >= 0, "offsets must not descend, but do at ", i);
     if (count == 0) continue;
+    const Values param = params(i);
     Positions where{nullptr, 0};
-    if (count != params[i].numel()) {
+    if (count != param.numel) {
       where = {advance(packed.at, used * packed.bytes), packed.bytes};
       used += count;
       STD_TORCH_CHECK(used <= stored, "indices has ", stored, " entries, too few for params[", i,
                       "]");
     }
-    Entries& entries = all.emplace_back(entries_of(params[i], grads[i], where, count, step[i], i));
+    Entries& entries = all.emplace_back(entries_of(param, grads(i), where, count, step[i], i));
     state.assign(entries.run, offset[i]);
   }
   STD_TORCH_CHECK(used == stored, "indices has ", stored, " entries, of which ", used, " are used");
+  step.write();
   update_all(all);
+}
+
+}  // namespace
+
+// The same with the state of all tensors in one: that of tensor i are the entries from offsets[i]
+// to offsets[i + 1]. The indices lie packed too, but a tensor with as many entries as it has
+// numbers takes none. `steps` counts the steps before this one, and is raised.
+void masked_adamw_packed_(const Tensors& params, const Tensors& grads, const Tensor& offsets,
+                          const Tensor& indices, const Tensor& exp_avg, const Tensor& exp_avg_sq,
+                          const std::optional<Tensor>& max_exp_avg_sq,
+                          const std::optional<Tensor>& master, const Tensor& steps,
+                          const Tensor& lr, double beta1, double beta2, double eps,
+                          double weight_decay, bool maximize,
+                          const std::optional<Tensor>& grad_scale,
+                          const std::optional<Tensor>& found_inf) {
+  if (skipped(found_inf)) return;
+  const size_t n = params.size();
+  STD_TORCH_CHECK(grads.size() == n, "grads has ", grads.size(), " entries, params ", n);
+  const Options options{
+      scalar(lr, "lr"), beta1, beta2, eps, weight_decay, grad_divisor(grad_scale, maximize)};
+  update_packed(
+      n, [&](size_t i) { return Values(params[i], "params", i); },
+      [&](size_t i) { return Values(grads[i], "grads", i); }, offsets, indices, exp_avg, exp_avg_sq,
+      max_exp_avg_sq, master, Steps(steps, n, options, true));
+}
+
+// The same for contiguous parameters and gradients that have the dtype of `param` and `grad`, by
+// address: half of a small step is the reading of lists of tensors. Who calls it has looked at
+// every tensor; `numels` counts the numbers of each parameter and of its gradient.
+void masked_adamw_packed_at_(
+    const Tensor& param, const Tensor& grad, const std::vector<int64_t>& param_at,
+    const std::vector<int64_t>& grad_at, const std::vector<int64_t>& numels, const Tensor& offsets,
+    const Tensor& indices, const Tensor& exp_avg, const Tensor& exp_avg_sq,
+    const std::optional<Tensor>& max_exp_avg_sq, const std::optional<Tensor>& master,
+    const Tensor& steps, const Tensor& lr, double beta1, double beta2, double eps,
+    double weight_decay, bool maximize, const std::optional<Tensor>& grad_scale,
+    const std::optional<Tensor>& found_inf) {
+  if (skipped(found_inf)) return;
+  const size_t n = numels.size();
+  STD_TORCH_CHECK(param_at.size() == n && grad_at.size() == n,
+                  "param_at, grad_at and numels have different lengths: ", param_at.size(), ", ",
+                  grad_at.size(), " and ", n);
+  const Options options{
+      scalar(lr, "lr"), beta1, beta2, eps, weight_decay, grad_divisor(grad_scale, maximize)};
+  const Dtype param_dtype = floating_dtype(param, "params", 0);
+  const Dtype grad_dtype = floating_dtype(grad, "grads", 0);
+  update_packed(
+      n, [&](size_t i) { return Values(param_at[i], numels[i], param_dtype); },
+      [&](size_t i) { return Values(grad_at[i], numels[i], grad_dtype); }, offsets, indices,
+      exp_avg, exp_avg_sq, max_exp_avg_sq, master, Steps(steps, n, options, true));
 }
 
 }  // namespace fishkern::adamw
@@ -273,4 +341,5 @@ void masked_adamw_packed_(const Tensors& params, const Tensors& grads, const Ten
 STABLE_TORCH_LIBRARY_IMPL(fishkern_native, CPU, m) {
   m.impl("masked_adamw_", TORCH_BOX(&fishkern::adamw::masked_adamw_));
   m.impl("masked_adamw_packed_", TORCH_BOX(&fishkern::adamw::masked_adamw_packed_));
+  m.impl("masked_adamw_packed_at_", TORCH_BOX(&fishkern::adamw::masked_adamw_packed_at_));
 }

@@ -27,6 +27,7 @@ struct Layout {
   const int64_t* strides = nullptr;
   int64_t dim = 0;
 
+  Layout() = default;
   explicit Layout(const torch::stable::Tensor& tensor) {
     if (tensor.is_contiguous()) return;
     dim = tensor.dim();

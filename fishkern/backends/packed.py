@@ -35,9 +35,11 @@ def by_lists(masked_adamw_: Callable[..., None]) -> Callable[..., None]:
             [] if packed is None else packed.split(counts)
             for packed in (exp_avg, exp_avg_sq, max_exp_avg_sq, master)
         ]
+        raised = steps + (1 if found_inf is None else (found_inf == 0).to(steps))
         masked_adamw_(
             *(params, grads, indices.split(stored), *state),
-            *(steps, lr, beta1, beta2, eps, weight_decay, maximize, grad_scale, found_inf),
+            *(raised, lr, beta1, beta2, eps, weight_decay, maximize, grad_scale, found_inf),
         )
+        steps.copy_(raised)
 
     return masked_adamw_packed_

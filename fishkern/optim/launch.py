@@ -57,6 +57,7 @@ class Batch:
     shapes: list[torch.Size | None] = field(default_factory=list)
     layout: tuple[Tensor, Tensor] | None = None  # None: for leaves and shards, which take lists
     packed: dict[str, Packed] = field(default_factory=dict)
+    states: list[dict[str, Any]] = field(default_factory=list)  # as they were found last
     lr: tuple[float, Tensor] = (
         math.nan,
         torch.empty(0, device="cpu"),
@@ -135,8 +136,8 @@ def gather(batch: Batch, state: State, group: dict[str, Any]) -> Launch | None:
         RuntimeError: A gradient is sparse, or a state lacks something.
     """
     grads: list[Any] = [param.grad for param in batch.params]
-    states: list[Any] = [state.get(param) for param in batch.params]
-    if not all(states):
+    states = _states(batch, state)
+    if states is None:
         states = _build_states(batch, state, group)
         if _only_builds(group, grads):
             return None
@@ -164,10 +165,20 @@ def gather(batch: Batch, state: State, group: dict[str, Any]) -> Launch | None:
     return Launch(batch, grads, states, values, some)
 
 
+def _states(batch: Batch, state: State) -> list[dict[str, Any]] | None:
+    """The parameters' states in their order; None if one is missing or empty."""
+    last = batch.states
+    if len(last) == len(state) == len(batch.params) and all(map(is_, state.values(), last)):
+        return last if all(last) else None  # most often so, and quickly seen
+    states = [state.get(param) for param in batch.params]
+    batch.states = [entry for entry in states if entry]
+    return batch.states if len(batch.states) == len(states) else None
+
+
 def run(
     launch: Launch, group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None
 ) -> None:
-    """Raise the step counts and call the op.
+    """Call the op, which or around which the step counts are raised.
 
     Args:
         launch: What ``gather`` collected.
@@ -187,27 +198,19 @@ def run(
         None if grad_scale is None else grad_scale.to(batch.device),
         None if found_inf is None else found_inf.to(batch.device),
     )
-    in_one = launch.some is None and batch.layout is not None
-    counts = [_packed(launch, "step")] if in_one else launch.values["step"]
-    torch._foreach_add_(counts, 1)
-    try:
-        if in_one:
-            _run_packed(launch, group["amsgrad"], counts[0], options)
-        else:
-            _run_lists(launch, group["amsgrad"], torch.stack(counts), options)
-    except BaseException:
-        torch._foreach_sub_(counts, 1)
-        raise
+    if launch.some is None and batch.layout is not None:
+        _run_packed(launch, group["amsgrad"], options)
+    else:
+        _run_lists(launch, group["amsgrad"], options)
     if not torch.compiler.is_compiling():
         # The op is called below autograd, which has to learn that saved weights have changed.
         torch.autograd.graph.increment_version(_chosen(launch, batch.targets))
-        torch.autograd.graph.increment_version(_chosen(launch, batch.masters))
-    if found_inf is not None:
-        torch._foreach_sub_(counts, [(found_inf != 0).to(counts[0])] * len(counts))
+        if batch.masters:
+            torch.autograd.graph.increment_version(_chosen(launch, batch.masters))
 
 
-def _run_packed(launch: Launch, amsgrad: bool, steps: Tensor, options: tuple[Any, ...]) -> None:
-    batch = launch.batch
+def _run_packed(launch: Launch, amsgrad: bool, options: tuple[Any, ...]) -> None:
+    batch, steps = launch.batch, _packed(launch, "step")
     exp_avg, exp_avg_sq = _packed(launch, "exp_avg"), _packed(launch, "exp_avg_sq")
     op = _ops.masked_adamw_packed_
     if torch.compiler.is_compiling():  # the dispatcher takes time: only where a compiler looks
@@ -222,7 +225,7 @@ def _run_packed(launch: Launch, amsgrad: bool, steps: Tensor, options: tuple[Any
     )
 
 
-def _run_lists(launch: Launch, amsgrad: bool, steps: Tensor, options: tuple[Any, ...]) -> None:
+def _run_lists(launch: Launch, amsgrad: bool, options: tuple[Any, ...]) -> None:
     batch, values = launch.batch, launch.values
     lists: list[list[Any]] = [
         _chosen(launch, batch.targets),
@@ -238,7 +241,15 @@ def _run_lists(launch: Launch, amsgrad: bool, steps: Tensor, options: tuple[Any,
     op = _ops.masked_adamw_
     if torch.compiler.is_compiling():
         op = torch.ops.fishkern.masked_adamw_
-    op(*lists, steps, *options)
+    found_inf, counts = options[-1], values["step"]
+    torch._foreach_add_(counts, 1)
+    try:
+        op(*lists, torch.stack(counts), *options)
+    except BaseException:
+        torch._foreach_sub_(counts, 1)
+        raise
+    if found_inf is not None:
+        torch._foreach_sub_(counts, [(found_inf != 0).to(counts[0])] * len(counts))
 
 
 def _chosen(launch: Launch, tensors: list[Tensor]) -> list[Tensor]:

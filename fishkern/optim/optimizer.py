@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Callable
 from itertools import chain
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from fishkern.masks import SparseMask
 from fishkern.optim.checkpoint import (
@@ -36,6 +38,30 @@ from fishkern.optim.roles import (
 )
 
 __all__ = ["FishSparseAdamW"]
+
+
+def _unwatched(step: Callable[..., Any]) -> Callable[..., Any]:
+    """``step`` as torch wraps every optimizer's, for its hooks and profiler, if there are any.
+
+    The wrapper takes as long as a small model's entries, so it is left out where it has nothing
+    to do. Torch wraps no step that says that it is ``hooked``.
+    """
+    watched = torch.optim.Optimizer.profile_hook_step(step)
+
+    @functools.wraps(step)
+    def unwatched(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+        seen = (
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or _global_optimizer_pre_hooks
+            or _global_optimizer_post_hooks
+            or torch.autograd.profiler._is_profiler_enabled
+            or torch.compiler.is_compiling()
+        )
+        return (watched if seen else step)(self, *args, **kwargs)
+
+    unwatched.hooked = True  # type: ignore[attr-defined]
+    return unwatched
 
 
 class FishSparseAdamW(torch.optim.Optimizer):
@@ -176,6 +202,7 @@ class FishSparseAdamW(torch.optim.Optimizer):
             if isinstance(param, Tensor) and param.requires_grad:
                 check_floating(names[i] if names else f"parameter {i}", param)
 
+    @_unwatched
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the selected entries of every parameter that has a gradient.
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fishkern.masks import SparseMask
 from fishkern.optim import FishSparseAdamW
@@ -299,3 +300,25 @@ def test_step_hooks_and_closure():
     expected = loss_of(model, 0).item()
     assert optimizer.step(closure).item() == expected
     assert seen == ["pre", "closure", "post"]
+
+
+def test_step_seen_by_global_hooks_and_by_the_profiler():
+    """The wrapper that torch puts around every step is only left out where nobody looks."""
+    model = make_model()
+    optimizer = FishSparseAdamW(model.named_parameters(), mask=make_mask(model))
+    loss_of(model, 0).backward()
+    optimizer.step()
+    seen = []
+    with torch.profiler.profile() as profile:
+        optimizer.step()
+    assert "Optimizer.step#FishSparseAdamW.step" in {event.key for event in profile.key_averages()}
+    hook = register_optimizer_step_post_hook(lambda *_: seen.append("post"))
+    try:
+        optimizer.step()
+    finally:
+        hook.remove()
+    assert seen == ["post"]
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    optimizer.step()
+    scheduler.step()
+    assert seen == ["post"]

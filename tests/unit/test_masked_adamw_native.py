@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fishkern import _dispatch
+from fishkern.backends import native
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +25,7 @@ from fishkern.functional import masked_adamw_
 torch.manual_seed(0)
 digest = hashlib.sha256()
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
-    for k in (40000, 7, 0):
+    for k in (40000, 2000, 7, 0):
         param, grad = torch.randn(300, 301).to(dtype), torch.randn(300, 301).to(dtype)
         index = torch.randperm(param.numel())[:k].sort().values.int()
         other = param[:50].clone()
@@ -76,18 +77,19 @@ def packed_problem(index_dtype, param_dtype=torch.float32):
 @pytest.mark.parametrize("param_dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
 def test_masked_adamw_packed_equals_lists(index_dtype, param_dtype, extras):
-    """Packed and listed state give the same bits."""
-    scalars = (torch.tensor([1.0, 2, 3, 4]), torch.tensor(0.1), 0.9, 0.999, 1e-8, 0.1)
+    """Packed and listed state give the same bits; the packed op counts the step itself."""
+    steps, scalars = torch.tensor([0.0, 1, 2, 3]), (torch.tensor(0.1), 0.9, 0.999, 1e-8, 0.1)
     params, grads, indices, offsets, *packed = packed_problem(index_dtype, param_dtype)
     listed = [list(t.clone().split(offsets.diff().tolist())) for t in packed]
     others = [param.clone() for param in params]
     kernels = torch.ops.fishkern_native
     kernels.masked_adamw_packed_(
         params, grads, offsets, torch.cat(indices), *packed[:2],
-        *(packed[2:] if extras else (None, None)), *scalars,
+        *(packed[2:] if extras else (None, None)), steps, *scalars,
     )  # fmt: skip
+    assert steps.tolist() == [1, 2, 3, 4]
     kernels.masked_adamw_(
-        others, grads, indices, *listed[:2], *(listed[2:] if extras else ([], [])), *scalars
+        others, grads, indices, *listed[:2], *(listed[2:] if extras else ([], [])), steps, *scalars
     )
     assert all(map(torch.equal, params, others))
     for whole, parts in zip(packed, listed, strict=True):
@@ -119,3 +121,40 @@ def test_masked_adamw_packed_refuses(place, value, match):
             torch.ones(4), torch.tensor(0.1), 0.9, 0.999, 1e-8, 0.1,
         )  # fmt: skip
     assert all(map(torch.equal, params, before))
+
+
+@pytest.mark.parametrize("odd", [None, "param strides", "grad strides", "grad dtype", "selected"])
+def test_masked_adamw_packed_by_address_equals_lists(odd):
+    """Contiguous tensors of one dtype go by their addresses, all others in lists: same bits."""
+    rest = (torch.tensor(0.1), 0.9, 0.999, 1e-8, 0.1)
+    params, grads, indices, offsets, m, v, *_ = packed_problem(torch.int32)
+    if odd == "param strides":
+        params[0] = params[0].t().contiguous().t()
+    elif odd == "grad strides":
+        grads[2] = grads[2].t().contiguous().t()
+    elif odd == "grad dtype":
+        grads[0] = grads[0].bfloat16()
+    elif odd == "selected":
+        grads[2] = grads[2].flatten()[indices[2].long()]
+    results = []
+    for op in (native.masked_adamw_packed_, torch.ops.fishkern_native.masked_adamw_packed_):
+        own, steps = [param.clone() for param in params], torch.zeros(4)
+        state = m.clone(), v.clone()
+        op(own, grads, offsets, torch.cat(indices), *state, None, None, steps, *rest)
+        results.append([*own, *state, steps])
+    assert all(map(torch.equal, *results))
+    assert not any(map(torch.equal, results[0][:1], params[:1]))
+
+
+def test_masked_adamw_packed_by_address_reads_no_list(monkeypatch):
+    params, grads, indices, offsets, m, v, *_ = packed_problem(torch.int32)
+    called = []
+    monkeypatch.setattr(
+        torch.ops.fishkern_native, "masked_adamw_packed_", lambda *args: called.append(args)
+    )
+    rest = (None, None, torch.zeros(4), torch.tensor(0.1), 0.9, 0.999, 1e-8, 0.1)
+    native.masked_adamw_packed_(params, grads, offsets, torch.cat(indices), m, v, *rest)
+    assert not called
+    grads[0] = grads[0].t().contiguous().t()
+    native.masked_adamw_packed_(params, grads, offsets, torch.cat(indices), m, v, *rest)
+    assert len(called) == 1

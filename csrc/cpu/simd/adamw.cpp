@@ -189,14 +189,19 @@ void write(const float* from, void* data, Dtype dtype, Positions where, int64_t 
   });
 }
 
+// Whether n entries lie so close together that the processor foresees their lines by itself.
+template <class Index>
+inline bool is_stream(const Index* at, int64_t n) {
+  return at[n - 1] - at[0] < 16 * n;
+}
+
 // Parameter and gradient from the same positions; the lines of later entries are asked for ahead
 // of their use, except where they lie so close that the processor sees a plain stream.
 template <class Param, class Grad, class Index>
 void gather_both(float* p, const Param* param, float* g, const Grad* grad, const Index* at,
                  int64_t n, int64_t left) {
-  const bool stream = at[n - 1] - at[0] < 4 * n;
   int64_t i = 0;
-  for (const int64_t end = stream ? 0 : smaller(n, left - kAhead); i < end; ++i) {
+  for (const int64_t end = is_stream(at, n) ? 0 : smaller(n, left - kAhead); i < end; ++i) {
     __builtin_prefetch(param + at[i + kAhead]);
     __builtin_prefetch(grad + at[i + kAhead]);
     p[i] = widen(param[at[i]]);
@@ -235,7 +240,11 @@ struct Arithmetic {
         near_old(step.beta1 > 0.5) {}
 
   inline void operator()(float* p, const float* g, float* m, float* v, float* v_max) const {
-    Vector grad = load(g);
+    store(p, (*this)(load(p), load(g), m, v, v_max));
+  }
+
+  // The new p.
+  inline Vector operator()(Vector p, Vector grad, float* m, float* v, float* v_max) const {
     if (grad_divisor != 1) {
       grad /= grad_divisor;
     }
@@ -250,7 +259,7 @@ struct Arithmetic {
       store(v_max, second);
     }
     const Vector denominator = square_root(second) * rescale + eps;
-    store(p, load(p) * decay - size * exp_avg / denominator);
+    return p * decay - size * exp_avg / denominator;
   }
 };
 
@@ -282,6 +291,45 @@ void update_block(const Arithmetic& arithmetic, float* p, const float* g, float*
   }
 }
 
+#if defined(__AVX512F__)
+// Hardware's own gather and scatter are slow on some processors; sixteen loads nowhere.
+inline Vector gather(const float* from, const int32_t* at) {
+  return Vector{from[at[0]],  from[at[1]],  from[at[2]],  from[at[3]], from[at[4]],  from[at[5]],
+                from[at[6]],  from[at[7]],  from[at[8]],  from[at[9]], from[at[10]], from[at[11]],
+                from[at[12]], from[at[13]], from[at[14]], from[at[15]]};
+}
+#elif defined(__AVX2__)
+inline Vector gather(const float* from, const int32_t* at) {
+  return Vector{from[at[0]], from[at[1]], from[at[2]], from[at[3]],
+                from[at[4]], from[at[5]], from[at[6]], from[at[7]]};
+}
+#else
+inline Vector gather(const float* from, const int32_t* at) {
+  return Vector{from[at[0]], from[at[1]], from[at[2]], from[at[3]]};
+}
+#endif
+
+inline void scatter(Vector x, float* to, const int32_t* at) {
+  for (int64_t i = 0; i < kWidth; ++i) to[at[i]] = x[i];
+}
+
+// The most common case, float32 at 32-bit positions that lie close together: a vector at a time,
+// never in a buffer, so that reading goes on while roots and quotients are computed.
+int64_t update_stream(const Arithmetic& arithmetic, const Run& run) {
+  auto* const param = static_cast<float*>(run.param);
+  const auto* const grad = static_cast<const float*>(run.grad);
+  const auto* const at = static_cast<const int32_t*>(run.param_at.at);
+  auto* const m = static_cast<float*>(run.exp_avg);
+  auto* const v = static_cast<float*>(run.exp_avg_sq);
+  auto* const v_max = static_cast<float*>(run.max_exp_avg_sq);
+  int64_t i = 0;
+  for (; i + kWidth <= run.count; i += kWidth) {
+    const Vector p = gather(param, at + i), g = gather(grad, at + i);
+    scatter(arithmetic(p, g, m + i, v + i, v_max ? v_max + i : nullptr), param, at + i);
+  }
+  return i;
+}
+
 }  // namespace
 
 void update(const Run& run, const Step& step) {
@@ -295,7 +343,13 @@ void update(const Run& run, const Step& step) {
   auto* const v = static_cast<float*>(run.exp_avg_sq);
   auto* const v_max = static_cast<float*>(run.max_exp_avg_sq);
   alignas(64) float p_buffer[kBlock], g_buffer[kBlock];
-  for (int64_t begin = 0; begin < run.count; begin += kBlock) {
+  int64_t begin = 0;
+  if (together && !run.master && run.param_dtype == Dtype::kFloat &&
+      run.grad_dtype == Dtype::kFloat && run.param_at.bytes == 4 && run.count >= kWidth &&
+      is_stream(static_cast<const int32_t*>(run.param_at.at), run.count)) {
+    begin = update_stream(arithmetic, run);
+  }
+  for (; begin < run.count; begin += kBlock) {
     const int64_t n = smaller(kBlock, run.count - begin);
     float* const p = full ? full + begin : p_buffer;
     const float* const g = grad_lies ? static_cast<const float*>(run.grad) + begin : g_buffer;
