@@ -14,6 +14,7 @@ from tqdm import tqdm
 from fishkern import samples
 from fishkern.diagonal import FisherDiagonal
 from fishkern.interception import original_parameters
+from fishkern.labels import LABELS, Draws
 from fishkern.losses import LossFn, default_loss
 from fishkern.names import Patterns, match, named_parameters
 from fishkern.preserve import scoring_mode
@@ -37,7 +38,7 @@ def estimate_fisher(
     generator: torch.Generator | None = None,
     process_group: Any = None,
 ) -> FisherDiagonal:
-    """Score parameters by the diagonal of the empirical Fisher information.
+    """Score parameters by the diagonal of the Fisher information, by default the empirical one.
 
     For each parameter ``F = 1/N sum_n (grad log p(y_n | x_n))^2``: a sample's gradient is summed
     over its tokens, then squared, then averaged over the samples (Sung et al., "Training Neural
@@ -61,12 +62,22 @@ def estimate_fisher(
             parameter that requires a gradient.
         num_samples: Stop after exactly this many. The last mapping is cut; batches of another
             kind must end on the boundary. None: all of them.
-        labels: "empirical": the data's labels.
+        labels: Which y to take the gradient at (the default loss only; a ``loss_fn`` decides that
+            for itself). "empirical": the data's. "sampled": one drawn from the model's own
+            distribution, ``y ~ p(y | x_n)``, for each sample, or for each of its tokens alone,
+            given the data's inputs; a value: ``y ~ N(f, 1)``. "expected": the exact expectation,
+            ``sum_c p(c | x_n) (grad log p(c | x_n))^2``, in C - 1 backward passes over one
+            forward for C classes; a value: ``(grad f)^2``, in one. Not for tokens. Neither needs
+            labels in the batch: they only say, by -100, what is left out (without labels, what
+            the attention mask does). Multi-label classification has no default loss.
         verify: So many samples of the first batch (and of the first with more than one sample)
             are scored again by one-sample autograd.
         score_device: Where scores accumulate; None: beside each parameter.
         progress: Show a progress bar.
-        generator: For drawn labels.
+        generator: For drawn labels: one number is taken from it, to seed generators of our own.
+            None: from torch's global one, which ends in the state it had, so that a second call
+            draws the same. Ranks of a ``process_group`` draw differently, the rank being added to
+            the seed.
         process_group: Sum over the ranks of this group; None: this process alone.
 
     Returns:
@@ -76,7 +87,8 @@ def estimate_fisher(
 
     Raises:
         TypeError: An argument of another type than above.
-        ValueError: No candidate, no sample, a batch or loss that does not fit.
+        ValueError: No candidate, no sample, a batch or loss that does not fit, ``labels`` that the
+            model or ``loss_fn`` cannot have.
         FisherVerificationError: The re-scored samples disagree.
         RuntimeError: Scores overflowed.
 
@@ -91,8 +103,7 @@ def estimate_fisher(
         >>> fisher["weight"].shape, fisher.num_samples, fisher.routes["weight"]
         (torch.Size([2, 3]), 8, 'fused')
     """
-    if labels != "empirical":
-        raise ValueError(f"labels is {labels!r}: only 'empirical' is available in this version")
+    _check_labels(labels, loss_fn, generator)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}: pass an nn.Module")
     if not isinstance(num_samples, int | None):
@@ -112,7 +123,12 @@ def estimate_fisher(
         stack.enter_context(torch.enable_grad())
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("error", CUT_OFF)
-        scoring = Scoring(model, candidates, loss_fn or default_loss(model), score_device)
+        if loss_fn is None:
+            draws = Draws(generator, _rank(process_group)) if labels == "sampled" else None
+            losses = default_loss(model, labels, draws)
+        else:
+            losses = loss_fn
+        scoring = Scoring(model, candidates, losses, score_device, labels)
         bar = stack.enter_context(
             tqdm(total=num_samples, desc="Fisher scores", unit="sample", disable=not progress)
         )
@@ -151,6 +167,22 @@ def unwrap(model: nn.Module) -> nn.Module:
         if not isinstance(inner, nn.Module):
             return model
         model = inner
+
+
+def _check_labels(labels: str, loss_fn: LossFn | None, generator: Any) -> None:
+    if labels not in LABELS:
+        raise ValueError(f"labels is {labels!r}: choose one of {', '.join(LABELS)}")
+    if loss_fn is not None and labels != "empirical":
+        raise ValueError(
+            f"labels is {labels!r}, but loss_fn chooses its own labels: draw them there (the same "
+            f'ones whenever it sees a sample again), and leave labels="empirical"'
+        )
+    if not isinstance(generator, torch.Generator | None):
+        raise TypeError(f"generator is {generator!r}: pass a torch.Generator, or None")
+
+
+def _rank(process_group: Any) -> int:
+    return 0 if process_group is None else torch.distributed.get_rank(process_group)
 
 
 def _candidates(model: nn.Module, params: Any) -> dict[str, nn.Parameter]:

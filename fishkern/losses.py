@@ -15,42 +15,63 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fishkern import samples
+from fishkern.labels import Draws, expected_terms
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 
 IGNORED = -100
 _REMEDY = "pass loss_fn(model, batch) -> per-sample losses [N]"
+_DRAWN = "_fishkern_drawn"  # the key of drawn labels in a batch of our own
 
 
-def default_loss(model: nn.Module) -> LossFn:
+def default_loss(model: nn.Module, labels: str = "empirical", draws: Draws | None = None) -> LossFn:
     """A loss for models whose output has ``.logits``; it checks itself on the first batch.
 
     Classification ([N, C] logits, integer labels), regression ([N] or [N, 1], float labels,
     Gaussian with unit variance: ``0.5 (y - f)^2``), and tokens ([N, T, C]; shifted by one for
     causal language models and for nothing else), -100 ignored.
+
+    ``labels``: "empirical": the batch's. "sampled": drawn by ``draws`` in the first forward of a
+    batch, which must be a dict: it keeps them for the passes that follow. "expected": the losses
+    are ``[K, N]``, as ``expected_terms`` has them. The last two need no labels in the batch; but
+    -100 among them leaves samples and tokens out, an encoder-decoder's are its inputs, and the
+    check is made with them.
     """
+    empirical = labels == "empirical"
     checked = False
 
     def loss_fn(model: nn.Module, batch: Any) -> Tensor:
         nonlocal checked
-        labels = _labels(batch)
-        outputs = _call(model, batch, with_labels=not checked or _needs_labels(model))
-        losses = sample_losses(model, _logits(outputs), labels)
-        if not checked:
-            _check_own_loss(model, outputs, losses.detach(), labels)
-            checked = True
-        return losses
+        given = _labels(batch, needed=empirical)
+        needed = _needs_labels(model) or not checked
+        pass_labels = needed and given is not None and (empirical or not _are_placeholders(given))
+        outputs = _call(model, batch, with_labels=pass_labels)
+        logits = _logits(outputs)
+        if not empirical:
+            _require_one_label(model, logits, given)
+        if pass_labels and not checked and given is not None:
+            own = sample_losses(model, logits.detach(), given)
+            if checked := bool(own.any()):  # else every label is ignored: nothing to compare
+                _check_own_loss(model, outputs, own, given)
+        if labels == "expected":
+            return _expected_losses(logits, given)
+        if labels == "sampled":
+            if _DRAWN not in batch:
+                batch[_DRAWN] = _draw_labels(model, logits.detach(), batch, draws)
+            given = batch[_DRAWN]
+        assert given is not None
+        return sample_losses(model, logits, given)
 
     return loss_fn
 
 
 def sample_losses(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
-    """Per-sample negative log-likelihoods [N], in float32.
+    """Per-sample negative log-likelihoods [N], in float32 (float64 of float64).
 
     Raises:
         ValueError: The shapes and dtypes are none that the default loss knows.
     """
-    logits = logits.float() if logits.dtype != torch.float64 else logits
+    logits = _wide(logits)
     integer = not (labels.is_floating_point() or labels.is_complex())
     if logits.dim() == 3 and integer and labels.shape[:1] == logits.shape[:1]:
         if shifts(model):
@@ -130,8 +151,10 @@ def base_model(model: nn.Module) -> nn.Module:
     return base
 
 
-def _labels(batch: Any) -> Tensor:
+def _labels(batch: Any, needed: bool) -> Tensor | None:
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    if labels is None and isinstance(batch, Mapping) and not needed:
+        return None
     if not isinstance(labels, Tensor):
         found = ", ".join(batch) if isinstance(batch, Mapping) else type(batch).__name__
         raise ValueError(f"the batch has no tensor 'labels' (found: {found}); {_REMEDY}")
@@ -140,6 +163,7 @@ def _labels(batch: Any) -> Tensor:
 
 def _call(model: nn.Module, batch: Mapping[str, Any], *, with_labels: bool) -> Any:
     """The model's outputs. Its own loss costs time, so labels are left out once it was checked."""
+    batch = {key: value for key, value in batch.items() if key != _DRAWN}
     if with_labels:
         try:
             return model(**batch)
@@ -154,6 +178,96 @@ def _logits(outputs: Any) -> Tensor:
     if not isinstance(logits, Tensor):
         raise ValueError(f"the model returns {type(outputs).__name__} without .logits; {_REMEDY}")
     return logits
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _are_placeholders(labels: Tensor) -> bool:
+    """Whether they are those of an unlabelled data set (GLUE's test files have -1)."""
+    if labels.is_floating_point():
+        return False
+    return bool(((labels < 0) & (labels != IGNORED)).any())
+
+
+def _require_one_label(model: nn.Module, logits: Tensor, given: Tensor | None) -> None:
+    """The model must say what its distribution is: a softmax, or a Gaussian of one value.
+
+    Raises:
+        ValueError: It does not.
+    """
+    problem = getattr(getattr(base_model(model), "config", None), "problem_type", None)
+    values = given is not None and given.is_floating_point()
+    one = logits.numel() == len(logits)
+    if problem == "multi_label_classification" or (logits.dim() == 2 and values and not one):
+        raise ValueError(
+            f"the model has logits {list(logits.shape)} with several labels a sample "
+            f"(multi-label, or regression on several values), which only a loss_fn knows the "
+            f"distribution of: draw the labels there; {_REMEDY}"
+        )
+    if not (one or logits.dim() == 3 or (logits.dim() == 2 and logits.shape[1] > 1)):
+        raise ValueError(f"no default loss for logits {list(logits.shape)}; {_REMEDY}")
+
+
+def _expected_losses(logits: Tensor, given: Tensor | None) -> Tensor:
+    """``expected_terms`` [K, N] of the samples that are not ignored."""
+    if logits.dim() == 3:
+        raise ValueError(
+            f'labels="expected" sums over the labels of a sample, and the logits '
+            f'{list(logits.shape)} give one to each token: pass labels="sampled"'
+        )
+    one = logits.numel() == len(logits)
+    terms = expected_terms(_wide(logits).view(-1) if one else _wide(logits))
+    return terms * _counted_samples(given, len(logits), logits.device)
+
+
+def _draw_labels(
+    model: nn.Module, logits: Tensor, batch: Mapping[str, Any], draws: Draws | None
+) -> Tensor:
+    """Labels by the model's own distribution, -100 where the batch leaves a position out."""
+    logits, draws = _wide(logits), draws or Draws()
+    if logits.numel() == len(logits):
+        return draws.values(logits.view(-1))
+    if logits.dim() == 2:
+        counted = _counted_samples(batch.get("labels"), len(logits), logits.device)
+    else:
+        counted = _counted_tokens(model, logits, batch)
+    labels = torch.full(counted.shape, IGNORED, device=logits.device)
+    target = labels
+    if logits.dim() == 3 and shifts(model):
+        logits, counted, target = logits[:, :-1], counted[:, 1:], labels[:, 1:]
+    # The draws depend on what is counted alone: not on the padding.
+    target[counted] = draws.classes(logits[counted])
+    return labels
+
+
+def _counted_samples(given: Tensor | None, size: int, device: torch.device) -> Tensor:
+    """Which samples [N] are not ignored."""
+    if given is None or given.is_floating_point() or given.numel() != size:
+        return torch.ones(size, dtype=torch.bool, device=device)
+    return given.view(-1).ne(IGNORED)
+
+
+def _counted_tokens(model: nn.Module, logits: Tensor, batch: Mapping[str, Any]) -> Tensor:
+    """Which positions [N, T] have a label: those of the labels, else those that are no padding."""
+    labels = batch.get("labels")
+    name = "decoder_attention_mask" if is_encoder_decoder(model) else "attention_mask"
+    mask = labels if labels is not None else batch.get(name)
+    if not isinstance(mask, Tensor):
+        return torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device)
+    if mask.shape != logits.shape[:2]:
+        raise ValueError(
+            f"the logits {list(logits.shape)} do not fit the batch's "
+            f"{'labels' if labels is not None else name} {list(mask.shape)}: pass labels [N, T] "
+            f"with {IGNORED} where none is to be drawn, or {_REMEDY.removeprefix('pass ')}"
+        )
+    if labels is not None:
+        return mask.ne(IGNORED)
+    counted = mask.bool()
+    if shifts(model):  # a pad predicts nothing
+        counted = counted & counted.roll(1, 1)
+    return counted
 
 
 def _check_own_loss(model: nn.Module, outputs: Any, losses: Tensor, labels: Tensor) -> None:
