@@ -35,10 +35,11 @@ class FisherDiagonal(Mapping[str, Tensor]):
     Args:
         scores: For each parameter a float32 tensor of its shape, the mean over the samples. Held,
             not copied. Wrappers' prefixes are dropped from the names, here and when asked for one.
-        num_samples: How many samples the mean is over.
+        num_samples: How many samples the mean is over; 0 for another kind that needs none.
         labels: Where the labels came from: "empirical", "sampled", "expected"; None: not said.
         routes: For each parameter how it was scored: "fused", "vmap" or "loop"; may leave some out.
         sample_scores: float32 ``[num_samples]``: each sample's squares, summed over entries.
+        kind: What the scores are: "fisher", or a kind of ``baseline_scores``.
 
     Raises:
         TypeError: A score that is not a float32 tensor, or a field of another type.
@@ -60,6 +61,7 @@ class FisherDiagonal(Mapping[str, Tensor]):
         labels: str | None = None,
         routes: Mapping[str, str] | None = None,
         sample_scores: Tensor | None = None,
+        kind: str = "fisher",
     ) -> None:
         if not isinstance(scores, Mapping):
             raise TypeError(f"scores is a {type(scores).__name__}: pass a mapping name -> tensor")
@@ -68,12 +70,15 @@ class FisherDiagonal(Mapping[str, Tensor]):
         self._scores = {name: score.detach() for name, score in self._scores.items()}
         if isinstance(num_samples, bool) or not isinstance(num_samples, int):
             raise TypeError(f"num_samples is {num_samples!r}: pass an int")
-        if num_samples < 1:
+        if not isinstance(kind, str):
+            raise TypeError(f"kind is {kind!r}: pass a string")
+        if num_samples < (kind == "fisher"):
             raise ValueError(f"num_samples is {num_samples}: a mean is over one sample or more")
         if labels is not None and not isinstance(labels, str):
             raise TypeError(f"labels is {labels!r}: pass a string or None")
         self.num_samples = num_samples
         self.labels = labels
+        self.kind = kind
         self.routes: dict[str, str] = by_canonical_name((routes or {}).items(), "routes")
         for name, route in self.routes.items():
             if name not in self._scores:
@@ -101,12 +106,13 @@ class FisherDiagonal(Mapping[str, Tensor]):
         return len(self._scores)
 
     def __eq__(self, other: object) -> bool:
-        """Bit for bit the same scores, by sample too, of as many samples and the same labels."""
+        """Bit for bit the same scores of the same kind, samples and labels."""
         if not isinstance(other, FisherDiagonal):
             return NotImplemented
         return (
             self._scores.keys() == other._scores.keys()
-            and (self.num_samples, self.labels) == (other.num_samples, other.labels)
+            and (self.kind, self.num_samples) == (other.kind, other.num_samples)
+            and self.labels == other.labels
             and all(_equal(score, other[name]) for name, score in self.items())
             and _equal(self.sample_scores, other.sample_scores)
         )
@@ -116,6 +122,8 @@ class FisherDiagonal(Mapping[str, Tensor]):
     def __repr__(self) -> str:
         size = sum(score.numel() for score in self.values())
         parts = [f"{len(self)} tensors, {size:,} scores, {self.num_samples} samples"]
+        if self.kind != "fisher":
+            parts.append(f"kind={self.kind!r}")
         if self.labels is not None:
             parts.append(f"labels={self.labels!r}")
         if self.routes:
@@ -129,6 +137,7 @@ class FisherDiagonal(Mapping[str, Tensor]):
             "shapes": {name: list(score.shape) for name, score in self.items()},
             "num_samples": self.num_samples,
             "labels": self.labels,
+            "kind": self.kind,
             "routes": self.routes,
         }
         tensors = dict(self._scores)
@@ -146,7 +155,8 @@ class FisherDiagonal(Mapping[str, Tensor]):
         scores, fields = files.load(path, "fisher")
         sample_scores = scores.pop(_SAMPLE_SCORES, None)
         kwargs: dict[str, Any] = {key: fields[key] for key in ("num_samples", "labels", "routes")}
-        return cls(scores, sample_scores=sample_scores, **kwargs)
+        kind = fields.get("kind", "fisher")
+        return cls(scores, sample_scores=sample_scores, kind=kind, **kwargs)
 
 
 def _equal(one: Tensor | None, other: Tensor | None) -> bool:

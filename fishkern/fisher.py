@@ -106,10 +106,7 @@ def estimate_fisher(
     _check_labels(labels, loss_fn, generator)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}: pass an nn.Module")
-    if not isinstance(num_samples, int | None):
-        raise TypeError(f"num_samples is {num_samples!r}: pass an int, or None for all")
-    if num_samples is not None and num_samples < 1:
-        raise ValueError(f"num_samples is {num_samples}: pass at least 1, or None for all")
+    samples.check_num_samples(num_samples)
     if not isinstance(verify, int) or isinstance(verify, bool):
         raise TypeError(f"verify is {verify!r}: pass a number of samples, 0 to switch it off")
     if verify < 0:
@@ -117,7 +114,7 @@ def estimate_fisher(
     model = unwrap(model)
     with ExitStack() as stack:
         stack.enter_context(original_parameters(model))
-        candidates = _candidates(model, params)
+        candidates = find_candidates(model, params)
         stack.enter_context(scoring_mode(model, candidates.values()))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(torch.enable_grad())
@@ -142,19 +139,7 @@ def estimate_fisher(
             if num_samples is not None and scoring.num_samples >= num_samples:
                 break
         total = _reduce(scoring, process_group)
-    if total == 0:
-        raise ValueError("batches held no samples: pass at least one batch")
-    if num_samples is not None and scoring.num_samples > num_samples:
-        raise ValueError(
-            f"num_samples is {num_samples}, inside a batch that ends at {scoring.num_samples}: "
-            f"only mappings of tensors can be cut; choose a batch boundary"
-        )
-    if num_samples is not None and scoring.num_samples < num_samples:
-        warnings.warn(
-            f"num_samples is {num_samples}, but batches ended after {scoring.num_samples}",
-            UserWarning,
-            stacklevel=2,
-        )
+    samples.check_found(scoring.num_samples, num_samples, total)
     return _finished(scoring, total, labels)
 
 
@@ -185,7 +170,8 @@ def _rank(process_group: Any) -> int:
     return 0 if process_group is None else torch.distributed.get_rank(process_group)
 
 
-def _candidates(model: nn.Module, params: Any) -> dict[str, nn.Parameter]:
+def find_candidates(model: nn.Module, params: Any) -> dict[str, nn.Parameter]:
+    """The parameters to score, by canonical name: see ``estimate_fisher``."""
     known = named_parameters(model)
     if params is None:
         chosen = [name for name, param in known.items() if param.requires_grad]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -86,6 +87,42 @@ def cut_batches(
             batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
         yield batch, size
         left = None if left is None else left - size
+
+
+def check_num_samples(num_samples: Any) -> None:
+    """Refuse what is no number of samples to stop after.
+
+    Raises:
+        TypeError: Neither an int nor None.
+        ValueError: Less than 1.
+    """
+    if not isinstance(num_samples, int | None):
+        raise TypeError(f"num_samples is {num_samples!r}: pass an int, or None for all")
+    if num_samples is not None and num_samples < 1:
+        raise ValueError(f"num_samples is {num_samples}: pass at least 1, or None for all")
+
+
+def check_found(found: int, num_samples: int | None, total: int) -> None:
+    """Refuse another number of samples than was asked for; of fewer, warn the caller's caller.
+
+    ``total``: those of all ranks.
+
+    Raises:
+        ValueError: More than ``num_samples``, or none on any rank.
+    """
+    if total == 0:
+        raise ValueError("batches held no samples: pass at least one batch")
+    if num_samples is not None and found > num_samples:
+        raise ValueError(
+            f"num_samples is {num_samples}, inside a batch that ends at {found}: "
+            f"only mappings of tensors can be cut; choose a batch boundary"
+        )
+    if num_samples is not None and found < num_samples:
+        warnings.warn(
+            f"num_samples is {num_samples}, but batches ended after {found}",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def take(batch: Any, start: int, stop: int, num_samples: int) -> Any:
