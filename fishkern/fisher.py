@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from fishkern import samples
@@ -16,8 +16,10 @@ from fishkern.diagonal import FisherDiagonal
 from fishkern.interception import original_parameters
 from fishkern.labels import LABELS, Draws
 from fishkern.losses import LossFn, default_loss
-from fishkern.names import Patterns, match, named_parameters
+from fishkern.masks import SparseMask
+from fishkern.names import Patterns, match, named_parameters, suggest
 from fishkern.preserve import scoring_mode
+from fishkern.sample_scores import SampleScores
 from fishkern.scoring import CUT_OFF, Scoring
 from fishkern.verification import FisherVerificationError, require_finite
 
@@ -37,6 +39,7 @@ def estimate_fisher(
     progress: bool = True,
     generator: torch.Generator | None = None,
     process_group: Any = None,
+    sample_scores: bool | SparseMask = False,
 ) -> FisherDiagonal:
     """Score parameters by the diagonal of the Fisher information, by default the empirical one.
 
@@ -79,16 +82,19 @@ def estimate_fisher(
             draws the same. Ranks of a ``process_group`` draw differently, the rank being added to
             the seed.
         process_group: Sum over the ranks of this group; None: this process alone.
+        sample_scores: Also sum each sample's squared gradient entries, in the same pass: over the
+            entries in a mask of candidates, or over all (True).
 
     Returns:
         A mapping from names (as in ``model.named_parameters()``, wrappers' prefixes stripped, a
         tied weight once) to float32 scores of the parameters' shapes. A parameter that took no
-        part has zeros.
+        part has zeros. ``.sample_scores``, where asked for, is float32 ``[num_samples]`` in the
+        order of the batches (one rank's after the other's); else None.
 
     Raises:
         TypeError: An argument of another type than above.
         ValueError: No candidate, no sample, a batch or loss that does not fit, ``labels`` that the
-            model or ``loss_fn`` cannot have.
+            model or ``loss_fn`` cannot have, a mask that names anything but candidates.
         FisherVerificationError: The re-scored samples disagree.
         RuntimeError: Scores overflowed.
 
@@ -113,6 +119,31 @@ def estimate_fisher(
         raise ValueError(f"verify is {verify}: pass 0 to switch it off")
     model = unwrap(model)
     with ExitStack() as stack:
+        candidates = stack.enter_context(scored(model, params))
+        by_sample = _by_sample(sample_scores, candidates)
+        if loss_fn is None:
+            draws = Draws(generator, _rank(process_group)) if labels == "sampled" else None
+            losses = default_loss(model, labels, draws)
+        else:
+            losses = loss_fn
+        scoring = Scoring(model, candidates, losses, score_device, labels, by_sample)
+        bar = stack.enter_context(
+            tqdm(total=num_samples, desc="Fisher scores", unit="sample", disable=not progress)
+        )
+        for batch, size in samples.cut_batches(batches, num_samples, model, loss_fn is None):
+            size = scoring.add_verified(batch, size, verify)
+            bar.update(size)
+            if num_samples is not None and scoring.num_samples >= num_samples:
+                break
+        total = _reduce(scoring, process_group)
+    samples.check_found(scoring.num_samples, num_samples, total)
+    return _finished(scoring, total, labels, _gather(by_sample, process_group))
+
+
+@contextmanager
+def scored(model: nn.Module, params: Any) -> Iterator[dict[str, nn.Parameter]]:
+    """The model as it is while it is scored, and as before afterwards; yields the candidates."""
+    with ExitStack() as stack:
         stack.enter_context(original_parameters(model))
         candidates = find_candidates(model, params)
         stack.enter_context(scoring_mode(model, candidates.values()))
@@ -120,27 +151,7 @@ def estimate_fisher(
         stack.enter_context(torch.enable_grad())
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("error", CUT_OFF)
-        if loss_fn is None:
-            draws = Draws(generator, _rank(process_group)) if labels == "sampled" else None
-            losses = default_loss(model, labels, draws)
-        else:
-            losses = loss_fn
-        scoring = Scoring(model, candidates, losses, score_device, labels)
-        bar = stack.enter_context(
-            tqdm(total=num_samples, desc="Fisher scores", unit="sample", disable=not progress)
-        )
-        for batch, size in samples.cut_batches(batches, num_samples, model, loss_fn is None):
-            if scoring.num_samples == 0 and verify:
-                scoring.verify(batch, size, verify)
-            size = scoring.add(batch, size)
-            if verify and not scoring.verified and size > 1:
-                scoring.verify(batch, size, verify)  # a single sample cannot mix with others
-            bar.update(size)
-            if num_samples is not None and scoring.num_samples >= num_samples:
-                break
-        total = _reduce(scoring, process_group)
-    samples.check_found(scoring.num_samples, num_samples, total)
-    return _finished(scoring, total, labels)
+        yield candidates
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -164,6 +175,26 @@ def _check_labels(labels: str, loss_fn: LossFn | None, generator: Any) -> None:
         )
     if not isinstance(generator, torch.Generator | None):
         raise TypeError(f"generator is {generator!r}: pass a torch.Generator, or None")
+
+
+def _by_sample(sample_scores: Any, candidates: Mapping[str, nn.Parameter]) -> SampleScores | None:
+    if isinstance(sample_scores, bool):
+        return SampleScores() if sample_scores else None
+    if not isinstance(sample_scores, SparseMask):
+        kind = type(sample_scores).__name__
+        raise TypeError(f"sample_scores is a {kind}: pass True, False or a SparseMask")
+    for name, shape in sample_scores.shapes.items():
+        if name not in candidates:
+            raise ValueError(
+                f"the mask of sample_scores names {name!r}, which is not scored"
+                f"{suggest(name, candidates)}: choose candidates with params=, or another mask"
+            )
+        if candidates[name].shape != shape:
+            raise ValueError(
+                f"the mask of sample_scores has {name!r} in shape {list(shape)}, the model in "
+                f"{list(candidates[name].shape)}: pass a mask of this model"
+            )
+    return SampleScores(sample_scores)
 
 
 def _rank(process_group: Any) -> int:
@@ -215,8 +246,30 @@ def _reduce(scoring: Scoring, process_group: Any) -> int:
     return int(total.item())
 
 
-def _finished(scoring: Scoring, total: int, labels: str) -> FisherDiagonal:
+def _gather(by_sample: SampleScores | None, process_group: Any) -> Tensor | None:
+    """The sample scores of all ranks, one rank's after the other's."""
+    if by_sample is None or process_group is None:
+        return None if by_sample is None else by_sample.result()
+    import torch.distributed as dist
+
+    own = by_sample.result()
+    parts = [own] * dist.get_world_size(process_group)
+    dist.all_gather_object(parts, own.cpu(), group=process_group)
+    return torch.cat(parts).to(own.device)
+
+
+def _finished(
+    scoring: Scoring, total: int, labels: str, sample_scores: Tensor | None
+) -> FisherDiagonal:
     for scores in scoring.scores.values():
         scores /= total
     require_finite(scoring.scores)
-    return FisherDiagonal(scoring.scores, num_samples=total, labels=labels, routes=scoring.routes())
+    if sample_scores is not None:
+        require_finite({"sample_scores": sample_scores})
+    return FisherDiagonal(
+        scoring.scores,
+        num_samples=total,
+        labels=labels,
+        routes=scoring.routes(),
+        sample_scores=sample_scores,
+    )

@@ -78,6 +78,15 @@ class Scoring:
                 )
         return sites
 
+    def add_verified(self, batch: Any, size: int | None, count: int) -> int:
+        """``add``; the first batch, and the first of several samples, are checked."""
+        if count and self.num_samples == 0:
+            self.verify(batch, size, count)
+        size = self.add(batch, size)
+        if count and not self.verified and size > 1:
+            self.verify(batch, size, count)  # a single sample cannot mix with others
+        return size
+
     def add(self, batch: Any, size: int | None) -> int:
         """Score one batch by every route; how many samples it held."""
         size, strays = self._fused_pass(batch, size)
