@@ -2,6 +2,7 @@
 
 from fishkern import functional
 from fishkern._dispatch import use_backend
+from fishkern.baselines import baseline_scores
 from fishkern.diagonal import FisherDiagonal
 from fishkern.fisher import FisherVerificationError, estimate_fisher
 from fishkern.masks import SparseMask, select
@@ -15,6 +16,7 @@ __all__ = [
     "FisherVerificationError",
     "SparseMask",
     "attached",
+    "baseline_scores",
     "create_fish_optimizer",
     "estimate_fisher",
     "functional",

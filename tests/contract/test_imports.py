@@ -19,7 +19,7 @@ PACKAGE = ROOT / "fishkern"
 LAYERS = [
     {"__init__", "__main__", "report"},
     {"integrations"},
-    {"recipe", "ird"},
+    {"recipe", "ird", "baselines"},
     {
         *("fisher", "scoring", "completion", "verification", "preserve"),
         *("train_only", "optim"),

@@ -49,6 +49,8 @@ def test_names_are_canonical():
         ({"num_samples": 1.0}, TypeError, "num_samples is 1.0"),
         ({"num_samples": True}, TypeError, "num_samples is True"),
         ({"labels": 3}, TypeError, "labels is 3"),
+        ({"kind": None}, TypeError, "kind is None"),
+        ({"kind": "magnitude", "num_samples": -1}, ValueError, "num_samples is -1"),
         ({"routes": {"v": "fused"}}, ValueError, "names 'v', which has no score"),
         ({"routes": {"w": "magic"}}, ValueError, "'w' is 'magic': one of fused, vmap, loop"),
     ],
@@ -94,6 +96,14 @@ def test_repr_tells_size_and_origin():
     assert repr(FisherDiagonal(scores(), num_samples=2)) == (
         "FisherDiagonal(3 tensors, 9 scores, 2 samples)"
     )
+
+
+def test_scores_of_another_kind_say_so_and_may_be_of_no_sample(tmp_path):
+    fisher = FisherDiagonal(scores(), num_samples=0, kind="magnitude")
+    assert repr(fisher) == "FisherDiagonal(3 tensors, 9 scores, 0 samples, kind='magnitude')"
+    fisher.save(tmp_path / "f")
+    assert FisherDiagonal.load(tmp_path / "f").kind == "magnitude"
+    assert FisherDiagonal(scores(), num_samples=1).kind == "fisher"
 
 
 def test_sample_scores_are_held_saved_and_compared(tmp_path):
