@@ -47,6 +47,7 @@ def default_loss(model: nn.Module, labels: str = "empirical", draws: Draws | Non
         pass_labels = needed and given is not None and (empirical or not _are_placeholders(given))
         outputs = _call(model, batch, with_labels=pass_labels)
         logits = _logits(outputs)
+        given = _with_virtual_tokens(model, logits, given)
         if not empirical:
             _require_one_label(model, logits, given)
         if pass_labels and not checked and given is not None:
@@ -57,7 +58,8 @@ def default_loss(model: nn.Module, labels: str = "empirical", draws: Draws | Non
             return _expected_losses(logits, given)
         if labels == "sampled":
             if _DRAWN not in batch:
-                batch[_DRAWN] = _draw_labels(model, logits.detach(), batch, draws)
+                counted = {**batch, "labels": given}
+                batch[_DRAWN] = _draw_labels(model, logits.detach(), counted, draws)
             given = batch[_DRAWN]
         assert given is not None
         return sample_losses(model, logits, given)
@@ -178,6 +180,15 @@ def _logits(outputs: Any) -> Tensor:
     if not isinstance(logits, Tensor):
         raise ValueError(f"the model returns {type(outputs).__name__} without .logits; {_REMEDY}")
     return logits
+
+
+def _with_virtual_tokens(model: nn.Module, logits: Tensor, labels: Tensor | None) -> Tensor | None:
+    """Labels [N, V + T] where PEFT puts V virtual tokens, which have none, in front of T others."""
+    virtual = getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", 0)
+    if labels is None or labels.dim() != 2 or logits.dim() != 3 or not virtual:
+        return labels
+    longer = logits.shape[1] - labels.shape[1] == virtual
+    return F.pad(labels, (virtual, 0), value=IGNORED) if longer else labels
 
 
 def _wide(logits: Tensor) -> Tensor:

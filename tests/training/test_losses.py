@@ -1,5 +1,6 @@
 """The default loss: what it computes, and what it refuses to guess."""
 
+import peft
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,7 @@ from fishkern import estimate_fisher
 from fishkern.losses import default_loss, sample_losses, shifts
 from tests.support.problems import (
     PROBLEMS,
+    SAMPLES,
     TOKENS,
     VOCAB,
     bert,
@@ -20,6 +22,7 @@ from tests.support.problems import (
     llama,
     lora,
     t5,
+    text,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
@@ -243,3 +246,17 @@ def test_the_vocabulary_of_the_labels_is_the_models():
     batch["labels"][0, 4] = VOCAB  # one too many
     with pytest.raises(IndexError, match="out of bounds"):
         estimate_fisher(llama(), [batch], progress=False)
+
+
+@pytest.mark.parametrize("labels", ["empirical", "sampled"])
+def test_virtual_tokens_in_front_have_no_labels(labels):
+    config = peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(llama(), config).eval()
+    batch = text(labels=torch.randint(2, VOCAB, (SAMPLES, TOKENS)))
+    loss_fn = default_loss(model, labels)
+    losses = loss_fn(model, batch)
+    assert losses.shape == (SAMPLES,)
+    if labels == "empirical":  # the last virtual token predicts the first of the others
+        logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        token = F.cross_entropy(logits[:, 2:-1].transpose(1, 2), batch["labels"], reduction="none")
+        torch.testing.assert_close(losses, token.sum(1))
