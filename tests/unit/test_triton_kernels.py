@@ -10,6 +10,7 @@ from fishkern.backends import reference
 from tests.support.tolerances import assert_matches
 
 fisher = pytest.importorskip("fishkern.backends.triton.fisher")
+norm = pytest.importorskip("fishkern.backends.triton.norm")
 adamw = pytest.importorskip("fishkern.backends.triton.adamw")
 launch = pytest.importorskip("fishkern.backends.triton.launch")
 Config = fisher.Config
@@ -196,6 +197,21 @@ def test_choose_splits_fills_the_device_with_whole_samples():
 
 
 # ---- masked_adamw_ ----
+
+
+@pytest.mark.parametrize("splits", [1, 3, 7])
+def test_norm_fisher_splits_agree_and_are_deterministic(splits):
+    x_hat, grad_out = (torch.randn(7, 19, 70, device=DEVICE) for _ in range(2))
+    truth, first, again = (
+        [torch.zeros(n, device=DEVICE, dtype=dtype) for n in (70, 70, 7)]
+        for dtype in (torch.float64, torch.float32, torch.float32)
+    )
+    reference.norm_fisher_(*truth[:2], x_hat, grad_out, sample_scores=truth[2])
+    for result in (first, again):
+        norm.norm_fisher_(*result[:2], x_hat, grad_out, sample_scores=result[2], splits=splits)
+    for one, other, expected in zip(first, again, truth, strict=True):
+        assert_matches(one, expected, terms=7 * 19)
+        assert torch.equal(one, other)
 
 
 def adamw_lists(sizes, param_dtype, grad_dtype, index_dtype, *, selected, masters, amsgrad):

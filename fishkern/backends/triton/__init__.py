@@ -18,9 +18,11 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = ("cpu", "cuda") if INTERPRETED else ("cuda",)
 
 _FILES = {
+    "embedding_fisher_": "embedding",
     "linear_fisher_": "fisher",
     "masked_adamw_": "adamw",
     "masked_adamw_packed_": "adamw",
+    "norm_fisher_": "norm",
 }
 
 

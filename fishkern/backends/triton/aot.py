@@ -29,8 +29,10 @@ from triton.compiler import ASTSource
 
 from fishkern.backends.triton import INTERPRETED
 from fishkern.backends.triton.adamw import masked_adamw_
+from fishkern.backends.triton.embedding import embedding_fisher_
 from fishkern.backends.triton.fisher import linear_fisher_
 from fishkern.backends.triton.launch import Launch, collect
+from fishkern.backends.triton.norm import norm_fisher_
 
 ARCHITECTURES = (80, 90)
 SHARED_LIMIT = 99 * 1024  # bytes: what a program may use on the smallest GPUs since Ampere
@@ -53,6 +55,8 @@ def variants(quick: bool = False) -> Iterator[tuple[str, Launch]]:
         yield _fisher(4096, 4096, 512, bf16, bf16)
         yield _fisher(16, 4096, 16, f32, f32, bias=True, scores=True)
         yield _adamw(bf16, f32, torch.int32, masters=True)
+        yield _embedding(bf16, scores=True)
+        yield _norm(bf16, bf16, scores=True)
         return
     for size_o, size_i in layers:
         for dtype in (bf16, f16, f32):
@@ -70,6 +74,16 @@ def variants(quick: bool = False) -> Iterator[tuple[str, Launch]]:
         yield _fisher(4096, 4096, 512, dtype, dtype, transposed=True)
     yield _fisher(4096, 4096, 512, f32, bf16, bias=True)
     yield _fisher(4096, 4096, 512, bf16, f16, bias=True)
+
+    for dtype in (bf16, f16, f32):
+        for scores in (False, True):
+            yield _embedding(dtype, scores)
+            yield _embedding(dtype, scores, size=769)
+            yield _norm(dtype, dtype, scores)
+            yield _norm(dtype, dtype, scores, size=4093)
+        yield _norm(None, dtype)
+        yield _norm(dtype, dtype, bias=False)
+    yield _norm(f32, bf16, scores=True)
 
     for param, grad in ((f32, f32), (bf16, bf16), (f16, f16), (bf16, f32), (f16, f32)):
         for index in (torch.int32, torch.int64):
@@ -108,6 +122,49 @@ def _fisher(
     layout = ["transposed"] if transposed else []
     words = [f"[{size_o},{size_i}]", f"T={num_tokens}", TYPES[x_dtype], TYPES[grad_dtype]]
     return " ".join(["fisher", *words, *options, *layout]), launches[0]
+
+
+def _embedding(
+    grad_dtype: torch.dtype, scores: bool = False, size: int = 768
+) -> tuple[str, Launch]:
+    """What ``embedding_fisher_`` launches; ``scores`` with a mask."""
+    with collect() as launches:
+        embedding_fisher_(
+            _meta(50257, size),
+            _meta(32, 512, dtype=torch.int64),
+            _meta(32, 512, size, dtype=grad_dtype),
+            sample_scores=_meta(32) if scores else None,
+            mask=_meta(50257, size, dtype=torch.bool) if scores else None,
+        )
+    words = ["embedding", f"[50257,{size}]", TYPES[grad_dtype], *(["scores"] if scores else [])]
+    return " ".join(words), launches[0]
+
+
+def _norm(
+    x_dtype: torch.dtype | None,
+    grad_dtype: torch.dtype,
+    scores: bool = False,
+    bias: bool = True,
+    size: int = 4096,
+) -> tuple[str, Launch]:
+    """What ``norm_fisher_`` launches; without a dtype of x_hat for the bias alone."""
+    weight = x_dtype is not None
+    mask = _meta(size, dtype=torch.bool) if scores else None
+    with collect() as launches:
+        norm_fisher_(
+            _meta(size) if weight else None,
+            _meta(size) if bias else None,
+            _meta(32, 512, size, dtype=x_dtype) if weight else None,
+            _meta(32, 512, size, dtype=grad_dtype),
+            sample_scores=_meta(32) if scores else None,
+            weight_mask=mask,
+            bias_mask=mask,
+        )
+    flags = {"weight": weight, "bias": bias, "scores": scores}
+    words = [TYPES[x_dtype] if x_dtype else "none", TYPES[grad_dtype]]
+    return " ".join(
+        ["norm", f"[{size}]", *words, *(name for name, on in flags.items() if on)]
+    ), launches[0]
 
 
 def _adamw(

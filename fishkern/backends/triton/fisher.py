@@ -19,12 +19,8 @@ from torch import Tensor
 
 from fishkern.backends.triton import INTERPRETED
 from fishkern.backends.triton.launch import Launch, num_multiprocessors, run
+from fishkern.backends.triton.operands import TRITON_DTYPES, check_dtypes, strides
 
-TRITON_DTYPES = {
-    torch.float32: tl.float32,
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-}
 TILES_PER_SWIZZLE = 8  # tiles that share rows of grad_out run together, so that L2 serves them
 
 
@@ -266,7 +262,7 @@ def linear_fisher_(
     Raises:
         TypeError: A dtype that the kernel does not have.
     """
-    _check_dtypes(x, grad_out, fisher, bias_fisher, sample_scores)
+    check_dtypes({"x": x, "grad_out": grad_out}, fisher, bias_fisher, sample_scores)
     num_samples, num_tokens = x.shape[0], math.prod(x.shape[1:-1])
     size_o, size_i = fisher.shape
     if num_samples * num_tokens * size_o == 0 or (size_i == 0 and bias_fisher is None):
@@ -316,11 +312,11 @@ def linear_fisher_(
         "samples_per_split": samples_per_split,
         "size_o": size_o,
         "size_i": size_i,
-        **_strides(x, "xn", "xt", "xi"),
-        **_strides(grad_out, "gn", "gt", "go"),
-        **_strides(fisher_out, "fs", "fo", "fi"),
-        **_strides(bias_out, "bs", "bo"),
-        **_strides(mask, "mo", "mi"),
+        **strides(x, "xn", "xt", "xi"),
+        **strides(grad_out, "gn", "gt", "go"),
+        **strides(fisher_out, "fs", "fo", "fi"),
+        **strides(bias_out, "bs", "bo"),
+        **strides(mask, "mo", "mi"),
         "SQUARE_FIRST": bool(square_first),
         "ADD": splits == 1,
         # The interpreter would multiply bfloat16's bits; in float32 the products are the same.
@@ -348,24 +344,3 @@ def _is_regular(operand: Tensor) -> bool:
     return operand.stride(-1) == 1 and all(
         number % vector == 0 for number in (operand.shape[-1], *operand.stride()[:-1])
     )
-
-
-def _strides(tensor: Tensor | None, *letters: str) -> dict[str, int]:
-    """The strides as kernel arguments ``stride_<letters>``; zeros where there is no tensor."""
-    strides = (0,) * len(letters) if tensor is None else tensor.stride()
-    return {f"stride_{name}": stride for name, stride in zip(letters, strides, strict=True)}
-
-
-def _check_dtypes(x: Tensor, grad_out: Tensor, *accumulators: Tensor | None) -> None:
-    for name, tensor in (("x", x), ("grad_out", grad_out)):
-        if tensor.dtype not in TRITON_DTYPES:
-            raise TypeError(
-                f"{name} has dtype {tensor.dtype}: the triton backend takes float32, bfloat16 "
-                f'and float16; use_backend("reference") runs every dtype'
-            )
-    for tensor in accumulators:
-        if tensor is not None and tensor.dtype != torch.float32:
-            raise TypeError(
-                f"an accumulator has dtype {tensor.dtype}: the triton backend accumulates in "
-                f'float32; use_backend("reference") runs every dtype'
-            )
