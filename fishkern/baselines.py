@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -12,11 +11,11 @@ from tqdm import tqdm
 
 from fishkern import samples
 from fishkern.diagonal import FisherDiagonal
-from fishkern.fisher import find_candidates, unwrap
-from fishkern.interception import original_parameters
+from fishkern.fisher import scored, unwrap
 from fishkern.losses import LossFn, default_loss, require_losses
 from fishkern.names import Patterns
-from fishkern.preserve import backward, scoring_mode
+from fishkern.preserve import backward
+from fishkern.scoring import CUT_OFF
 from fishkern.verification import require_finite
 
 __all__ = ["KINDS", "baseline_scores"]
@@ -110,9 +109,7 @@ def baseline_scores(
     samples.check_num_samples(num_samples)
     model = unwrap(model)
     found = 0
-    with ExitStack() as stack:
-        stack.enter_context(original_parameters(model))
-        candidates = find_candidates(model, params)
+    with scored(model, params) as candidates:
         if kind == "magnitude":
             scores = {name: param.detach().float().abs() for name, param in candidates.items()}
         elif kind == "random":
@@ -120,13 +117,10 @@ def baseline_scores(
         elif kind == "second_moment":
             scores = _second_moments(candidates, optimizer)
         else:
-            stack.enter_context(scoring_mode(model, candidates.values()))
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-            stack.enter_context(torch.enable_grad())
-            bar = tqdm(total=num_samples, desc=kind, unit="sample", disable=not progress)
-            scores, found = _gradients(
-                model, candidates, batches, kind, loss_fn, num_samples, stack.enter_context(bar)
-            )
+            with tqdm(total=num_samples, desc=kind, unit="sample", disable=not progress) as bar:
+                scores, found = _gradients(
+                    model, candidates, batches, kind, loss_fn, num_samples, bar
+                )
             samples.check_found(found, num_samples, found)
     require_finite(scores)
     labels = "empirical" if found else None
@@ -151,7 +145,15 @@ def _gradients(
         param.requires_grad_(id(param) in wanted)
     losses_of, found, num_batches = loss_fn or default_loss(model), 0, 0
     for batch, size in samples.cut_batches(batches, num_samples, model, loss_fn is None):
-        losses = require_losses(losses_of(model, batch), batch, size)
+        try:
+            losses = require_losses(losses_of(model, batch), batch, size)
+        except UserWarning as warning:
+            if not str(warning).startswith(CUT_OFF):
+                raise
+            raise RuntimeError(
+                "reentrant checkpointing cuts off the gradient of a segment whose inputs require "
+                "none: checkpoint with use_reentrant=False"
+            ) from warning
         if len(losses) == 0:
             continue
         if not losses.requires_grad:

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import fishkern
 from fishkern import FisherDiagonal, FishSparseAdamW, SparseMask, baseline_scores, select
@@ -344,6 +345,25 @@ def test_a_float16_gradient_that_overflows_is_detected():
 
     with pytest.raises(RuntimeError, match="overflowed or are NaN"):
         scored(model, [batch], kind="gradient", loss_fn=loss_fn)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpointed_segment_that_no_gradient_reaches(reentrant):
+    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+
+    def loss_fn(model, batch):
+        x = checkpoint(model[0], batch[0], use_reentrant=reentrant)
+        return squared_error(model[1], (x, batch[1]))
+
+    def run():
+        batch = torch.randn(4, 3), torch.randn(4, 2)
+        return scored(net, [batch], kind="gradient", loss_fn=loss_fn)
+
+    if not reentrant:
+        assert run()["0.weight"].any()
+        return
+    with pytest.raises(RuntimeError, match=r"cuts off the gradient.*use_reentrant=False"):
+        run()
 
 
 def test_a_model_of_another_type_is_refused():

@@ -199,6 +199,16 @@ def test_expected_terms_have_the_covariance_of_the_labels():
         assert_matches(terms.T @ terms, truth, torch.float64)
 
 
+def test_sums_by_sample_are_over_all_terms():
+    model, x = Scores(5, 4), torch.randn(6, 5)
+    scores = score(model, [{"x": x}], "expected", sample_scores=True)
+    assert torch.equal(scores.sample_scores > 0, torch.ones(6, dtype=torch.bool))
+    each = [
+        sum(value.sum() for value in softmax_fisher(model, x[n : n + 1]).values()) for n in range(6)
+    ]
+    assert_matches(scores.sample_scores, torch.stack(each), terms=24)
+
+
 def test_ignored_samples_count_without_information():
     model, x = Scores(5, 3), torch.randn(6, 5)
     given = torch.tensor([0, -100, 1, 2, -100, 0])
