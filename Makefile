@@ -23,6 +23,9 @@ types: ## mypy, strict, on the package
 test: ## All tests
 	$(PYTHON) -m pytest -q
 
+mutants: ## Plant each way to a silently wrong Fisher, and see its test fail
+	$(PYTHON) -m tests.mutations
+
 aot: ## Compile every Triton kernel variant for NVIDIA GPUs, without one; refuse register spills
 	$(PYTHON) -m fishkern.backends.triton.aot
 
@@ -44,4 +47,4 @@ wheel: ## A wheel with the prebuilt library, in dist/
 clean: ## Remove what builds and tools leave behind
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
-.PHONY: help install format lint types test aot bench bench-full gpu gpu-dry wheel clean
+.PHONY: help install format lint types test mutants aot bench bench-full gpu gpu-dry wheel clean
