@@ -5,6 +5,7 @@ from fishkern._dispatch import use_backend
 from fishkern.baselines import baseline_scores
 from fishkern.diagonal import FisherDiagonal
 from fishkern.fisher import FisherVerificationError, estimate_fisher
+from fishkern.ird import select_ird
 from fishkern.masks import SparseMask, select
 from fishkern.optim import FishSparseAdamW
 from fishkern.recipe import create_fish_optimizer
@@ -21,6 +22,7 @@ __all__ = [
     "estimate_fisher",
     "functional",
     "select",
+    "select_ird",
     "train_only",
     "use_backend",
 ]

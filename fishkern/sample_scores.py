@@ -40,6 +40,8 @@ class SampleScores:
 
     def result(self) -> Tensor:
         """float32 ``[N]``, in the order of the batches."""
+        if not self._finished:
+            return torch.zeros(0)
         return torch.cat([part.to(self._finished[0].device) for part in self._finished])
 
     def add_layer(

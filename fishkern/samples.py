@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -131,22 +131,35 @@ def take(batch: Any, start: int, stop: int, num_samples: int) -> Any:
     Tensors and lists with ``num_samples`` entries are cut; everything else (a flag, position ids
     of shape [1, T]) belongs to all samples and is passed on.
     """
+    return _cut(batch, slice(start, stop), num_samples)
+
+
+def pick(batch: Any, chosen: Sequence[int], num_samples: int) -> Any:
+    """The chosen samples, in that order, of a batch that holds ``num_samples``: see ``take``."""
+    return _cut(batch, list(chosen), num_samples)
+
+
+def _cut(batch: Any, chosen: slice | list[int], num_samples: int) -> Any:
     if isinstance(batch, Tensor):
-        return batch[start:stop] if batch.dim() and len(batch) == num_samples else batch
+        return batch[chosen] if batch.dim() and len(batch) == num_samples else batch
     if isinstance(batch, Mapping):
-        items = {key: take(value, start, stop, num_samples) for key, value in batch.items()}
+        items = {key: _cut(value, chosen, num_samples) for key, value in batch.items()}
         return _rebuild(batch, items)
     if isinstance(batch, tuple):
         if batch and len(batch) == num_samples and all(isinstance(v, str) for v in batch):
-            return batch[start:stop]  # texts as DataLoader has them
-        parts = [take(value, start, stop, num_samples) for value in batch]
+            return tuple(_entries(batch, chosen))  # texts as DataLoader has them
+        parts = [_cut(value, chosen, num_samples) for value in batch]
         named = hasattr(batch, "_fields")
         return type(batch)(*parts) if named else type(batch)(parts)
     if isinstance(batch, list):
         if len(batch) == num_samples and not any(isinstance(value, Tensor) for value in batch):
-            return batch[start:stop]
-        return [take(value, start, stop, num_samples) for value in batch]
+            return _entries(batch, chosen)
+        return [_cut(value, chosen, num_samples) for value in batch]
     return batch
+
+
+def _entries(values: Sequence[Any], chosen: slice | list[int]) -> list[Any]:
+    return list(values[chosen]) if isinstance(chosen, slice) else [values[n] for n in chosen]
 
 
 def _rebuild(batch: Any, items: dict[str, Any]) -> Any:

@@ -127,6 +127,12 @@ class Scoring:
         for name, scores in before.items():
             self.scores[name].copy_(scores)
 
+    def restart(self, by_sample: SampleScores | None) -> None:
+        """Forget all scores, not what is known of the model, and collect these sums by sample."""
+        self._zero_scores()
+        self.num_samples = 0
+        self.by_sample = self.accumulator.by_sample = by_sample
+
     def _zero_scores(self) -> None:
         for scores in self.scores.values():
             scores.zero_()

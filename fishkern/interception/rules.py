@@ -101,14 +101,19 @@ class Rule:
             masks: Which entries count in ``sample_scores``, bool by local name; None, or no mask:
                 all.
         """
+        for name, squares in self.sample_squares(module, fishers, x, grad_out).items():
+            fishers[name].add_(squares.sum(0))
+            if sample_scores is not None:
+                sample_scores += sum_by_sample(squares, masks.get(name))
+
+    def sample_squares(
+        self, module: nn.Module, fishers: Mapping[str, Tensor], x: Tensor, grad_out: Tensor
+    ) -> dict[str, Tensor]:
+        """The squares of ``sample_grads`` of the parameters in ``fishers``, in its dtypes."""
         wide = torch.promote_types(grad_out.dtype, torch.float32)
         x = x.to(wide) if x.is_floating_point() else x
         grads = self.sample_grads(module, x, grad_out.to(wide))
-        for name, fisher in fishers.items():
-            squares = grads[name].to(fisher.dtype).square()
-            fisher += squares.sum(0)
-            if sample_scores is not None:
-                sample_scores += sum_by_sample(squares, masks.get(name))
+        return {name: grads[name].to(fisher.dtype).square() for name, fisher in fishers.items()}
 
     def param_grad(self, module: nn.Module, name: str, x: Tensor, grad_out: Tensor) -> Tensor:
         """The dense gradient of one parameter, over everything there is, in any layout."""

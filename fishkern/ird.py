@@ -1,0 +1,385 @@
+"""``select_ird``: samples and parameters chosen together, by each other's Fisher information."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from fishkern.fisher import scored, unwrap
+from fishkern.functional import topk_indices
+from fishkern.losses import LossFn, default_loss
+from fishkern.masks import SparseMask, select
+from fishkern.names import Patterns
+from fishkern.sample_scores import SampleScores
+from fishkern.samples import can_slice, cut_batches, pick
+from fishkern.scoring import Scoring
+from fishkern.square_cache import SquareCache, split
+from fishkern.verification import require_finite
+
+__all__ = ["IRDResult", "IRDStep", "select_ird"]
+
+RANGES = ("samples", "parameters")
+
+
+class IRDStep(NamedTuple):
+    """One pair that was met: what was left after a half of a round."""
+
+    round: int  # 0 for the start
+    samples: Tensor  # int64 [n], ascending
+    mask: SparseMask
+    value: float | None = None  # what evaluate said of the pair
+
+
+@dataclass(frozen=True)
+class IRDResult:
+    """What ``select_ird`` chose, and what it met on its way.
+
+    Attributes:
+        mask: The parameters' entries that are left; every candidate is named.
+        samples: Indices of the samples that are left, int64, ascending.
+        trace: Every pair met, from all samples and all candidates down to the targets.
+        routes: How each parameter was scored, as in ``FisherDiagonal``.
+        cached: Whether the squared gradients were kept; if not, every half of a round was a pass.
+    """
+
+    mask: SparseMask
+    samples: Tensor
+    trace: tuple[IRDStep, ...]
+    routes: dict[str, str]
+    cached: bool
+
+
+def select_ird(
+    model: nn.Module,
+    samples: Iterable[Any],
+    *,
+    density: float,
+    num_samples: int,
+    rounds: int,
+    first: str = "samples",
+    shrink_samples: float | None = None,
+    shrink_parameters: float | None = None,
+    loss_fn: LossFn | None = None,
+    params: Patterns | Callable[[str, nn.Parameter], bool] | None = None,
+    evaluate: Callable[[Tensor, SparseMask], float] | None = None,
+    cache_bytes: int = 2**30,
+    verify: int = 2,
+    score_device: torch.device | str | None = None,
+    progress: bool = True,
+) -> IRDResult:
+    """Choose samples and parameters together by Iterative Range Decreasing (IRD).
+
+    With ``g[n, i]`` the gradient of sample n's log-likelihood at entry i, a round keeps those
+    current samples, and those current entries, that have the most Fisher information over what
+    the other range still holds::
+
+        samples:    the n in S with the largest  sum_{i in P} g[n, i]^2
+        parameters: the i in P with the largest  sum_{n in S} g[n, i]^2
+
+    What is the paper's (Dong et al., "Targeted Efficient Fine-tuning: Optimizing Parameter Updates
+    with Data-Driven Sample Selection", 2024; before that "Data-oriented Dynamic Fine-tuning
+    Parameter Selection Strategy for FISH Mask"): that samples and parameters are searched for as a
+    pair, and that an iteration keeps those of either with larger Fisher information, so that both
+    ranges decrease. Only its abstract could be read. Our reading are the two sums above, the
+    alternation within a round, the shrink factors and the targets: all of them are arguments.
+
+    Gradients do not change between the rounds. Where the squares of all samples and candidates fit
+    into ``cache_bytes``, they are kept from one scoring pass, and the rounds only sum. Otherwise
+    each half of a round is one more scoring pass over the samples that it still has, except where
+    a sum is known already: with samples first and shares ``s_r = n_r / N0`` after round r that is
+    ``1 + 2 (s_1 + ... + s_{R-1}) + s_R`` passes in all. ``.cached`` says which way was taken.
+
+    Args:
+        model: As for ``estimate_fisher``; it is left as it was.
+        samples: The N0 samples to choose from, in batches as ``estimate_fisher`` takes them;
+            iterated once, and held until the end. Where not cached, they must be such that samples
+            can be cut out: mappings, tuples or lists of tensors.
+        density: The share of the candidates to end with: k = round(density * candidates).
+        num_samples: How many samples to end with.
+        rounds: How often both ranges shrink.
+        first: Which of the two shrinks first in a round: "samples" or "parameters".
+        shrink_samples: The share f in (0, 1] of the samples that a round keeps: round(N0 f^r) are
+            left after round r, but never less than ``num_samples``, and exactly that after the
+            last. None: the f that leads there in equal shares.
+        shrink_parameters: The same of the parameters.
+        loss_fn: As for ``estimate_fisher``.
+        params: The candidates, as for ``estimate_fisher``.
+        evaluate: ``evaluate(samples, mask) -> float``, larger being better, asked of every pair in
+            the trace once all are known. Then the best pair is the result (of equal ones the
+            last), even if it is larger than the targets: return ``-inf`` for what is no choice.
+        cache_bytes: How much memory the kept squares may take: 4 bytes for each of N0 samples times
+            the number of candidates. 0 keeps none.
+        verify: As for ``estimate_fisher``.
+        score_device: Where scores accumulate and squares are kept; None: beside the parameters.
+        progress: Show a progress bar.
+
+    Returns:
+        ``.mask``, ``.samples``, and ``.trace``, whose last pair they are unless ``evaluate`` chose
+        another; also ``.routes`` and ``.cached``. Counts are exact in every round; ties go to the
+        lower index.
+
+    Raises:
+        ValueError: A target or factor out of range, more samples asked for than there are, scores
+            that are zero everywhere; besides all that ``estimate_fisher`` refuses.
+        TypeError: An argument of another type than above.
+        FisherVerificationError: As from ``estimate_fisher``.
+
+    Warns:
+        UserWarning: As ``select``: tensors without a gradient, zeros selected.
+
+    Example:
+        >>> import torch, fishkern
+        >>> from torch import nn
+        >>> model = nn.Linear(3, 2)
+        >>> samples = [(torch.randn(8, 3), torch.randint(2, (8,))) for _ in range(4)]
+        >>> def loss_fn(model, batch):
+        ...     return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
+        >>> result = fishkern.select_ird(
+        ...     model, samples, density=0.25, num_samples=8, rounds=2, loss_fn=loss_fn,
+        ...     progress=False)
+        >>> [(len(step.samples), step.mask.num_selected) for step in result.trace]
+        [(32, 8), (16, 8), (16, 4), (8, 4), (8, 2)]
+        >>> result.mask.num_selected, result.samples.shape, result.cached
+        (2, torch.Size([8]), True)
+    """
+    _check(model, density, num_samples, rounds, first, cache_bytes, verify, evaluate)
+    _check_share("shrink_samples", shrink_samples)
+    _check_share("shrink_parameters", shrink_parameters)
+    model = unwrap(model)
+    with ExitStack() as stack:
+        candidates = stack.enter_context(scored(model, params))
+        everything = _everything(candidates, score_device)
+        total = everything.num_selected
+        k = round(float(density) * total)
+        if k < 1:
+            raise ValueError(
+                f"density is {density}, which leaves none of {total:,} candidates: raise it"
+            )
+        cache = SquareCache(everything, cache_bytes)
+        losses = loss_fn or default_loss(model)
+        scoring = Scoring(model, candidates, losses, score_device)
+        bar = stack.enter_context(tqdm(desc="IRD", unit="sample", disable=not progress))
+        batches = cut_batches(samples, None, model, loss_fn is None)
+        passes = _Passes(scoring, batches, verify, bar)
+        passes.run(cache, everything)
+        found = scoring.num_samples
+        if num_samples > found:
+            raise ValueError(
+                f"num_samples is {num_samples}, but samples holds {found}: choose no more"
+            )
+        source: _Sums = cache if cache.complete else passes
+        if cache.complete:
+            passes.batches = ()
+        trace = [IRDStep(0, torch.arange(found), everything)]
+        order = RANGES if first == RANGES[0] else RANGES[::-1]
+        for r in range(1, rounds + 1):
+            left = {
+                "samples": _left(found, num_samples, shrink_samples, r, rounds),
+                "parameters": _left(total, k, shrink_parameters, r, rounds),
+            }
+            for half in order:
+                _, chosen, mask, _ = trace[-1]
+                if half == "samples" and left[half] < len(chosen):
+                    chosen = chosen[_keep_samples(source, left[half])]
+                elif half == "parameters" and left[half] < mask.num_selected:
+                    mask = _keep_entries(source, left[half], mask)
+                else:
+                    continue
+                trace.append(IRDStep(r, chosen, mask))
+        routes = scoring.routes()
+    if evaluate is not None:
+        trace = [step._replace(value=_value(evaluate, step)) for step in trace]
+    best = _best(trace)
+    return IRDResult(best.mask, best.samples, tuple(trace), routes, cache.complete)
+
+
+class _Sums(Protocol):
+    """Sums over the current samples and entries, and how these become fewer."""
+
+    def sums_by_sample(self) -> Tensor:
+        """``[n]``: each sample's squares, summed over the current entries."""
+
+    def sums_by_entry(self) -> dict[str, Tensor]:
+        """``[k_i]`` by name: each entry's squares, summed over the current samples."""
+
+    def keep_samples(self, kept: Tensor) -> None:
+        """Only these positions, ascending, among the current samples."""
+
+    def keep_entries(self, kept: SparseMask, mask: SparseMask) -> None:
+        """Only these positions among the current entries, those of ``mask`` in the parameters."""
+
+
+class _Passes:
+    """Scoring passes over what is left.
+
+    A pass yields both sums. Those of the samples stay true until entries are dropped, those of the
+    entries until samples are.
+    """
+
+    def __init__(
+        self, scoring: Scoring, batches: Iterable[tuple[Any, int | None]], verify: int, bar: Any
+    ) -> None:
+        self.batches = batches
+        self._scoring, self._verify, self._bar = scoring, verify, bar
+        self._mask: SparseMask
+        self._by_sample: Tensor | None = None
+        self._by_entry: dict[str, Tensor] | None = None
+
+    def run(self, by_sample: SampleScores, mask: SparseMask) -> None:
+        """Score the current samples, with their sums over the mask."""
+        self._scoring.restart(by_sample)
+        held = []
+        for batch, size in self.batches:
+            found = self._scoring.add_verified(batch, size, self._verify)
+            self._bar.update(found)
+            held += [(batch, found)] if found else []
+        if not held:
+            raise ValueError("samples is empty: pass at least one batch")
+        self.batches, self._mask = held, mask
+        self._bar.total = self._bar.n
+        self._bar.refresh()
+        scores = self._scoring.scores
+        require_finite(scores)
+        self._by_sample = by_sample.result()
+        self._by_entry = {n: scores[n].flatten()[index.long()] for n, index in mask.items()}
+
+    def _run_again(self) -> None:
+        self._bar.total += sum(size or 0 for _, size in self.batches)
+        self.run(SampleScores(self._mask), self._mask)
+
+    def sums_by_sample(self) -> Tensor:
+        """See ``_Sums``."""
+        if self._by_sample is None:
+            self._run_again()
+        assert self._by_sample is not None
+        return self._by_sample
+
+    def sums_by_entry(self) -> dict[str, Tensor]:
+        """See ``_Sums``."""
+        if self._by_entry is None:
+            self._run_again()
+        assert self._by_entry is not None
+        return self._by_entry
+
+    def keep_samples(self, kept: Tensor) -> None:
+        """See ``_Sums``."""
+        batches = list(self.batches)
+        parts = split(kept, [size or 0 for _, size in batches])
+        self.batches = [
+            (_picked(batch, part, size or 0), len(part))
+            for (batch, size), part in zip(batches, parts, strict=True)
+            if len(part)
+        ]
+        self._by_sample, self._by_entry = self.sums_by_sample()[kept], None
+
+    def keep_entries(self, kept: SparseMask, mask: SparseMask) -> None:
+        """See ``_Sums``."""
+        sums = self.sums_by_entry()
+        self._by_entry = {name: sums[name][index.long()] for name, index in kept.items()}
+        self._by_sample, self._mask = None, mask
+
+
+def _picked(batch: Any, chosen: Tensor, size: int) -> Any:
+    if len(chosen) == size:
+        return batch
+    if not can_slice(batch):
+        raise ValueError(
+            f"the squares of all samples do not fit into cache_bytes, and samples cannot be cut "
+            f"out of a {type(batch).__name__} to score them again: raise cache_bytes, or pass "
+            f"mappings of tensors"
+        )
+    return pick(batch, chosen.tolist(), size)
+
+
+def _keep_samples(source: _Sums, count: int) -> Tensor:
+    """Keep the best samples; their positions among those before."""
+    kept = topk_indices([source.sums_by_sample()], count)[0].cpu()
+    source.keep_samples(kept)
+    return kept
+
+
+def _keep_entries(source: _Sums, count: int, mask: SparseMask) -> SparseMask:
+    """Keep the best of the mask's entries; the mask that is left."""
+    kept = select(source.sums_by_entry(), k=count)
+    indices = {name: index[kept[name].long().to(index.device)] for name, index in mask.items()}
+    left = SparseMask(indices, mask.shapes)
+    source.keep_entries(kept, left)
+    return left
+
+
+def _everything(candidates: Mapping[str, nn.Parameter], score_device: Any) -> SparseMask:
+    indices = {
+        name: torch.arange(param.numel(), device=score_device or param.device)
+        for name, param in candidates.items()
+    }
+    return SparseMask(indices, {name: param.shape for name, param in candidates.items()})
+
+
+def _left(start: int, target: int, share: float | None, r: int, rounds: int) -> int:
+    """How many are left after round r."""
+    if r == rounds:
+        return target
+    if share is None:
+        share = (target / start) ** (1 / rounds)
+    return max(target, round(start * share**r))
+
+
+def _value(evaluate: Callable[[Tensor, SparseMask], float], step: IRDStep) -> float:
+    value = float(evaluate(step.samples, step.mask))
+    if math.isnan(value):
+        raise ValueError(
+            f"evaluate returned NaN for {len(step.samples)} samples and "
+            f"{step.mask.num_selected:,} entries: return -inf for a pair that is no choice"
+        )
+    return value
+
+
+def _best(trace: list[IRDStep]) -> IRDStep:
+    """The pair of the largest value, of equal ones the last; the last one if none has a value."""
+    return max(reversed(trace), key=lambda step: 0.0 if step.value is None else step.value)
+
+
+def _check(
+    model: Any,
+    density: Any,
+    num_samples: Any,
+    rounds: Any,
+    first: Any,
+    cache_bytes: Any,
+    verify: Any,
+    evaluate: Any,
+) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}: pass an nn.Module")
+    if not isinstance(density, numbers.Real) or isinstance(density, bool):
+        raise TypeError(f"density is {density!r}: pass a number")
+    if not 0 < float(density) <= 1:
+        raise ValueError(f"density is {density}: it is a share above 0 and up to 1, 5 % being 0.05")
+    least = {"num_samples": 1, "rounds": 1, "cache_bytes": 0, "verify": 0}
+    given = (num_samples, rounds, cache_bytes, verify)
+    for (name, bound), value in zip(least.items(), given, strict=True):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name} is {value!r}: pass an int")
+        if value < bound:
+            raise ValueError(f"{name} is {value}: pass {bound} or more")
+    if first not in RANGES:
+        raise ValueError(f"first is {first!r}: choose one of {', '.join(RANGES)}")
+    if evaluate is not None and not callable(evaluate):
+        raise TypeError(f"evaluate is {evaluate!r}: pass a callable (samples, mask) -> float")
+
+
+def _check_share(name: str, share: Any) -> None:
+    if share is None:
+        return
+    if not isinstance(share, numbers.Real) or isinstance(share, bool):
+        raise TypeError(f"{name} is {share!r}: pass a number, or None")
+    if not 0 < float(share) <= 1:
+        raise ValueError(f"{name} is {share}: it is the share that a round keeps, above 0, up to 1")
