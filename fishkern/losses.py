@@ -58,8 +58,7 @@ def default_loss(model: nn.Module, labels: str = "empirical", draws: Draws | Non
             return _expected_losses(logits, given)
         if labels == "sampled":
             if _DRAWN not in batch:
-                counted = {**batch, "labels": given}
-                batch[_DRAWN] = _draw_labels(model, logits.detach(), counted, draws)
+                batch[_DRAWN] = _draw_labels(model, logits.detach(), given, batch, draws)
             given = batch[_DRAWN]
         assert given is not None
         return sample_losses(model, logits, given)
@@ -234,16 +233,20 @@ def _expected_losses(logits: Tensor, given: Tensor | None) -> Tensor:
 
 
 def _draw_labels(
-    model: nn.Module, logits: Tensor, batch: Mapping[str, Any], draws: Draws | None
+    model: nn.Module,
+    logits: Tensor,
+    given: Tensor | None,
+    batch: Mapping[str, Any],
+    draws: Draws | None,
 ) -> Tensor:
     """Labels by the model's own distribution, -100 where the batch leaves a position out."""
     logits, draws = _wide(logits), draws or Draws()
     if logits.numel() == len(logits):
         return draws.values(logits.view(-1))
     if logits.dim() == 2:
-        counted = _counted_samples(batch.get("labels"), len(logits), logits.device)
+        counted = _counted_samples(given, len(logits), logits.device)
     else:
-        counted = _counted_tokens(model, logits, batch)
+        counted = _counted_tokens(model, logits, given, batch)
     labels = torch.full(counted.shape, IGNORED, device=logits.device)
     target = labels
     if logits.dim() == 3 and shifts(model):
@@ -260,20 +263,21 @@ def _counted_samples(given: Tensor | None, size: int, device: torch.device) -> T
     return given.view(-1).ne(IGNORED)
 
 
-def _counted_tokens(model: nn.Module, logits: Tensor, batch: Mapping[str, Any]) -> Tensor:
+def _counted_tokens(
+    model: nn.Module, logits: Tensor, given: Tensor | None, batch: Mapping[str, Any]
+) -> Tensor:
     """Which positions [N, T] have a label: those of the labels, else those that are no padding."""
-    labels = batch.get("labels")
     name = "decoder_attention_mask" if is_encoder_decoder(model) else "attention_mask"
-    mask = labels if labels is not None else batch.get(name)
+    mask = given if given is not None else batch.get(name)
     if not isinstance(mask, Tensor):
         return torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device)
     if mask.shape != logits.shape[:2]:
         raise ValueError(
             f"the logits {list(logits.shape)} do not fit the batch's "
-            f"{'labels' if labels is not None else name} {list(mask.shape)}: pass labels [N, T] "
+            f"{'labels' if given is not None else name} {list(mask.shape)}: pass labels [N, T] "
             f"with {IGNORED} where none is to be drawn, or {_REMEDY.removeprefix('pass ')}"
         )
-    if labels is not None:
+    if given is not None:
         return mask.ne(IGNORED)
     counted = mask.bool()
     if shifts(model):  # a pad predicts nothing
