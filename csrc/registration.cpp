@@ -15,6 +15,10 @@ STABLE_TORCH_LIBRARY(fishkern_native, m) {
       "norm_fisher_(Tensor(a!)? weight_fisher, Tensor(b!)? bias_fisher, Tensor? x_hat, "
       "Tensor grad_out, *, Tensor(c!)? sample_scores=None, Tensor? weight_mask=None, "
       "Tensor? bias_mask=None) -> ()");
+  m.def(
+      "conv_fisher_(Tensor(a!) fisher, Tensor x, Tensor grad_out, *, Tensor(b!)? "
+      "bias_fisher=None, int[] stride, int[] padding, int[] dilation, int groups, "
+      "Tensor(c!)? sample_scores=None, Tensor? mask=None) -> ()");
   m.def("topk_indices(Tensor[] scores, SymInt k) -> Tensor[]");
   m.def(
       "masked_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor[] indices, Tensor(b!)[] exp_avgs, "

@@ -30,6 +30,11 @@ SCHEMAS = {
         "(Tensor(a!)? weight_fisher, Tensor(b!)? bias_fisher, Tensor? x_hat, Tensor grad_out, *, "
         "Tensor(c!)? sample_scores=None, Tensor? weight_mask=None, Tensor? bias_mask=None) -> ()"
     ),
+    "conv_fisher_": (
+        "(Tensor(a!) fisher, Tensor x, Tensor grad_out, *, Tensor(b!)? bias_fisher=None, "
+        "int[] stride, int[] padding, int[] dilation, int groups, "
+        "Tensor(c!)? sample_scores=None, Tensor? mask=None) -> ()"
+    ),
     "topk_indices": "(Tensor[] scores, SymInt k) -> Tensor[]",
     "masked_adamw_": (
         "(Tensor(a!)[] params, Tensor[] grads, Tensor[] indices, Tensor(b!)[] exp_avgs, "
@@ -72,6 +77,11 @@ def norm_fisher_(
     run(weight_fisher, bias_fisher, x_hat, grad_out, **kwargs)
 
 
+def conv_fisher_(fisher: Tensor, *args: Any, **kwargs: Any) -> None:
+    """Accumulate per-sample squared gradients of a convolution."""
+    choose("conv_fisher_", fisher.device.type)(fisher, *args, **kwargs)
+
+
 def topk_indices(scores: Sequence[Tensor], k: int) -> list[Tensor]:
     """Exact top-k over a list of tensors."""
     if not scores:
@@ -111,6 +121,7 @@ def _register(function: Callable[..., Any], fake: Callable[..., Any]) -> None:
 _register(linear_fisher_, _mutates_only)
 _register(embedding_fisher_, _mutates_only)
 _register(norm_fisher_, _mutates_only)
+_register(conv_fisher_, _mutates_only)
 _register(topk_indices, _fake_topk_indices)
 _register(masked_adamw_, _mutates_only)
 _register(masked_adamw_packed_, _mutates_only)

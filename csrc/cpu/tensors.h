@@ -23,32 +23,46 @@ inline Scratch new_scratch(int64_t size) {
   return Scratch(static_cast<float*>(::operator new(size * sizeof(float), std::align_val_t{64})));
 }
 
-// [N, *, features] as [N, T, features], float32 or a 16-bit type; a copy only where the token
-// dimensions cannot be joined or the dtype is another one.
-inline torch::stable::Tensor as_samples_tokens(const torch::stable::Tensor& tensor) {
+// The tensor in float32 or a 16-bit type; a copy only where the dtype is another one.
+inline torch::stable::Tensor readable(const torch::stable::Tensor& tensor) {
   using torch::headeronly::ScalarType;
+  const ScalarType dtype = tensor.scalar_type();
+  const bool as_it_is =
+      dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
+  return as_it_is ? tensor : torch::stable::to(tensor, ScalarType::Float);
+}
+
+// [N, *, features] as [N, T, features], readable; a copy only where the token dimensions cannot be
+// joined or the dtype is another one.
+inline torch::stable::Tensor as_samples_tokens(const torch::stable::Tensor& tensor) {
   const int64_t last = tensor.dim() - 1;
   int64_t tokens = 1;
   for (int64_t d = 1; d < last; ++d) tokens *= tensor.size(d);
   const std::array<int64_t, 3> shape{tensor.size(0), tokens, tensor.size(last)};
-  const auto joined = torch::stable::reshape(tensor, {shape.data(), shape.size()});
-  const ScalarType dtype = joined.scalar_type();
-  const bool readable =
-      dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
-  return readable ? joined : torch::stable::to(joined, ScalarType::Float);
+  return readable(torch::stable::reshape(tensor, {shape.data(), shape.size()}));
+}
+
+inline Dtype operand_dtype(const torch::stable::Tensor& tensor) {
+  using torch::headeronly::ScalarType;
+  const ScalarType dtype = tensor.scalar_type();
+  return dtype == ScalarType::Float      ? Dtype::float32
+         : dtype == ScalarType::BFloat16 ? Dtype::bfloat16
+                                         : Dtype::float16;
 }
 
 inline Operand operand(const torch::stable::Tensor& tensor) {
-  using torch::headeronly::ScalarType;
-  const ScalarType dtype = tensor.scalar_type();
   return {.data = tensor.const_data_ptr(),
-          .dtype = dtype == ScalarType::Float      ? Dtype::float32
-                   : dtype == ScalarType::BFloat16 ? Dtype::bfloat16
-                                                   : Dtype::float16,
+          .dtype = operand_dtype(tensor),
           .size = tensor.size(2),
           .sample_stride = tensor.stride(0),
           .token_stride = tensor.stride(1),
           .stride = tensor.stride(2)};
+}
+
+// Skips this many elements.
+inline void advance(Operand& operand, int64_t elements) {
+  const int64_t size = operand.dtype == Dtype::float32 ? 4 : 2;
+  operand.data = static_cast<const char*>(operand.data) + elements * size;
 }
 
 inline void check_shape(const char* op, const char* name, const torch::stable::Tensor& tensor,

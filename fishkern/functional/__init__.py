@@ -7,12 +7,14 @@ float64, which the plain-torch backend accepts).
 """
 
 from fishkern.functional.adamw import masked_adamw_
+from fishkern.functional.conv import conv_fisher_
 from fishkern.functional.embedding import embedding_fisher_
 from fishkern.functional.linear import linear_fisher_
 from fishkern.functional.norm import norm_fisher_
 from fishkern.functional.topk import topk_indices
 
 __all__ = [
+    "conv_fisher_",
     "embedding_fisher_",
     "linear_fisher_",
     "masked_adamw_",

@@ -43,6 +43,24 @@ def norm_fisher_():
     )
 
 
+def conv_fisher_():
+    x, grad_out = torch.randn(3, 2, 4, 7), torch.randn(3, 2, 2, 5)
+    plain = {"stride": [1], "padding": [0], "dilation": [1], "groups": 1}
+    yield (torch.zeros(2, 4, 3), x, grad_out), plain
+    yield (
+        (torch.zeros(2, 2, 3, 3), torch.randn(3, 4, 5, 6), torch.randn(3, 2, 3, 2)),
+        {
+            "bias_fisher": torch.zeros(2),
+            "stride": [2, 2],
+            "padding": [1, 0],
+            "dilation": [1, 1],
+            "groups": 2,
+            "sample_scores": torch.zeros(3),
+            "mask": torch.rand(2, 2, 3, 3) > 0.5,
+        },
+    )
+
+
 def topk_indices():
     yield ([torch.randn(2, 5), torch.randn(7)], 6), {}
 
@@ -79,6 +97,7 @@ def masked_adamw_packed_():
 OPS = {
     f.__name__: f
     for f in (
+        conv_fisher_,
         embedding_fisher_,
         linear_fisher_,
         norm_fisher_,

@@ -8,6 +8,7 @@
 
 #include "cpu/simd/fisher_pack.h"
 #include "cpu/simd/fisher_tile.h"
+#include "cpu/simd/fisher_window.h"
 
 namespace fishkern::fisher::FISHKERN_ISA {
 namespace {
@@ -104,8 +105,9 @@ class Block {
         const Chunk chunk{n,      min(samples, problem_.samples - n),
                           t,      min(tokens, problem_.tokens - t),
                           t == 0, t + tokens >= problem_.tokens};
-        pack<kTileRows, 1>(problem_.rows, problem_.squared, chunk, row_, rows_, packed_rows_);
-        pack<kTileCols, kWidth>(problem_.cols, problem_.squared, chunk, col_, cols_, packed_cols_);
+        const bool squared = problem_.squared;
+        pack_side<kTileRows, 1>(problem_.rows, squared, chunk, row_, rows_, packed_rows_);
+        pack_side<kTileCols, kWidth>(problem_.cols, squared, chunk, col_, cols_, packed_cols_);
         if (row_bias) bias_.add<kTileRows>(packed_rows_, chunk, problem_.squared, rows_);
         if (col_bias) bias_.add<kTileCols>(packed_cols_, chunk, problem_.squared, padded_cols_);
         compute_chunk(chunk);

@@ -9,6 +9,7 @@
 
 #include "cpu/capability.h"
 #include "cpu/simd/operand.h"
+#include "cpu/simd/window.h"
 
 namespace fishkern::fisher {
 
@@ -17,6 +18,8 @@ struct Side : Operand {
   // Where given, bias[r * bias_stride] += sum_n (sum_t operand[n,t,r])^2.
   float* bias = nullptr;
   int64_t bias_stride = 0;
+  // Where given, how the operand is read, in place of its token_stride and stride; not squared.
+  const Window* window = nullptr;
 };
 
 struct Problem {

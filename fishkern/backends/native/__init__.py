@@ -9,6 +9,7 @@ import torch
 from fishkern.backends.native import build
 from fishkern.backends.native.build import cache_dir
 from fishkern.backends.native.ops import (
+    conv_fisher_,
     embedding_fisher_,
     linear_fisher_,
     masked_adamw_,
@@ -20,6 +21,7 @@ from fishkern.backends.native.ops import (
 __all__ = [
     "DEVICES",
     "cache_dir",
+    "conv_fisher_",
     "cpu_capability",
     "embedding_fisher_",
     "linear_fisher_",

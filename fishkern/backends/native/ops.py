@@ -23,6 +23,11 @@ def norm_fisher_(*args: Any, **kwargs: Any) -> None:
     torch.ops.fishkern_native.norm_fisher_(*args, **kwargs)
 
 
+def conv_fisher_(*args: Any, **kwargs: Any) -> None:
+    """See ``csrc/cpu/conv.cpp``."""
+    torch.ops.fishkern_native.conv_fisher_(*args, **kwargs)
+
+
 def topk_indices(scores: list[Tensor], k: int) -> list[Tensor]:
     """See ``csrc/cpu/topk.cpp``."""
     indices: list[Tensor] = torch.ops.fishkern_native.topk_indices(scores, k)

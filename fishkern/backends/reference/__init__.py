@@ -6,6 +6,7 @@ fallback where no kernel runs. They are written to be read.
 
 from fishkern.backends.packed import by_lists
 from fishkern.backends.reference.adamw import masked_adamw_
+from fishkern.backends.reference.conv import conv_fisher_
 from fishkern.backends.reference.embedding import embedding_fisher_
 from fishkern.backends.reference.fisher import linear_fisher_
 from fishkern.backends.reference.norm import norm_fisher_
@@ -13,6 +14,7 @@ from fishkern.backends.reference.select import topk_indices
 
 __all__ = [
     "DEVICES",
+    "conv_fisher_",
     "embedding_fisher_",
     "linear_fisher_",
     "masked_adamw_",

@@ -18,6 +18,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = ("cpu", "cuda") if INTERPRETED else ("cuda",)
 
 _FILES = {
+    "conv_fisher_": "conv",
     "embedding_fisher_": "embedding",
     "linear_fisher_": "fisher",
     "masked_adamw_": "adamw",

@@ -1,0 +1,77 @@
+#include "cpu/fisher_blocks.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <utility>
+
+#include "cpu/tensors.h"
+
+namespace fishkern::fisher {
+namespace {
+
+// Blocks of the result: large enough that packing is cheap beside the products, small enough for
+// the second-level cache, and, if the result is small, for enough of them to share among threads.
+constexpr int64_t kBlockRows = 128, kSmallBlockRows = 64;
+constexpr int64_t kBlockCols = 384, kSmallBlockCols = 192;
+constexpr int64_t kEnoughBlocks = 16;
+
+// Fewer floating-point operations than this are not worth another thread.
+constexpr int64_t kGrain = 1 << 20;
+
+// The shorter operand is read one number at a time, the longer one in vectors.
+void make_columns_long(Problem& problem) {
+  if (problem.cols.size >= std::min(problem.rows.size, kSmallBlockCols)) return;
+  std::swap(problem.rows, problem.cols);
+  std::swap(problem.row_stride, problem.col_stride);
+  std::swap(problem.mask_row_stride, problem.mask_col_stride);
+}
+
+// By shapes alone: the order in which scores are added up follows from it.
+void choose_blocks(Problem& problem, int64_t num_problems) {
+  const auto too_few = [&] { return num_problems * problem.num_blocks() < kEnoughBlocks; };
+  problem.block_rows = kBlockRows;
+  problem.block_cols = kBlockCols;
+  if (too_few()) problem.block_cols = kSmallBlockCols;
+  if (too_few()) problem.block_rows = kSmallBlockRows;
+}
+
+}  // namespace
+
+void compute(std::vector<Problem> problems, float* sample_scores, int64_t stride) {
+  if (problems.empty()) return;
+  for (Problem& problem : problems) {
+    make_columns_long(problem);
+    choose_blocks(problem, problems.size());
+  }
+  const Problem& first = problems.front();
+  const int64_t num_blocks = first.num_blocks(), num_samples = first.samples;
+  const int64_t num_parts = static_cast<int64_t>(problems.size()) * num_blocks;
+  std::vector<double> parts;
+  if (sample_scores) {
+    parts.resize(num_parts * num_samples);
+    for (size_t p = 0; p < problems.size(); ++p)
+      problems[p].scores = parts.data() + p * num_blocks * num_samples;
+  }
+
+  const auto compute_block = FISHKERN_FOR_THIS_CPU(compute_block);
+  const int64_t scratch_size = (*FISHKERN_FOR_THIS_CPU(scratch_size))(first);
+  const int64_t work = 2 * first.samples * first.tokens *
+                       std::min(first.block_rows, first.rows.size) *
+                       std::min(first.block_cols, first.cols.size);
+  const int64_t grain = kGrain / std::max<int64_t>(work, 1) + 1;
+  torch::stable::parallel_for(0, num_parts, grain, [&](int64_t begin, int64_t end) {
+    const Scratch scratch = new_scratch(scratch_size);
+    for (int64_t part = begin; part < end; ++part)
+      compute_block(problems[part / num_blocks], part % num_blocks, scratch.get());
+  });
+
+  if (!sample_scores) return;
+  for (int64_t n = 0; n < num_samples; ++n) {  // the blocks' parts, in the blocks' order
+    double score = 0.0;
+    for (int64_t part = 0; part < num_parts; ++part) score += parts[part * num_samples + n];
+    sample_scores[n * stride] += static_cast<float>(score);
+  }
+}
+
+}  // namespace fishkern::fisher
