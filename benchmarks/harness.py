@@ -57,6 +57,7 @@ class Case:
     """One comparison. ``contenders``: from a workload, make the function that is measured."""
 
     name: ClassVar[str]
+    own: ClassVar[str] = "fishkern"
     baselines: ClassVar[tuple[str, ...]] = ()  # "ratio:<baseline>" is measured for every other
     contenders: ClassVar[Mapping[str, Callable[[Any], Run]]] = {}
     targets: ClassVar[Sequence[Target]] = ()

@@ -11,12 +11,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from benchmarks.harness import Missing, Run
-from benchmarks.workloads import Work
+from benchmarks.workloads import Work, require
 
 VMAP_BYTES = 2**30  # per-sample gradients that may exist at once
 
@@ -26,7 +25,7 @@ def ordinary_pass(work: Work) -> Run:
 
     def run() -> None:
         for batch in work.batches:
-            _loss(work.model, batch).backward()
+            work.task.losses(work.model, batch).sum().backward()
             work.model.zero_grad(set_to_none=True)
 
     return run
@@ -40,7 +39,8 @@ def one_sample_loop(work: Work) -> Run:
         scores = {name: torch.zeros_like(p) for name, p in candidates.items()}
         for batch in work.batches:
             for n in range(len(batch["labels"])):
-                loss = _loss(work.model, {key: value[n : n + 1] for key, value in batch.items()})
+                sample = {key: value[n : n + 1] for key, value in batch.items()}
+                loss = work.task.losses(work.model, sample).sum()
                 grads = torch.autograd.grad(loss, list(candidates.values()), allow_unused=True)
                 for score, g in zip(scores.values(), grads, strict=True):
                     if g is not None:
@@ -55,14 +55,13 @@ def vmap_of_grad(work: Work) -> Run:
 
     With attention written out: the fused kernel has no rule for vmap, and would be looped over.
     """
-    model = copy.deepcopy(work.model)
-    model.set_attn_implementation("eager")
+    model = _with_plain_attention(work.model)
     params = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     chunk = max(1, VMAP_BYTES // sum(p.nbytes for p in params.values()))
 
     def loss(params: dict[str, Tensor], sample: dict[str, Tensor]) -> Tensor:
         inputs = {key: value[None] for key, value in sample.items()}
-        return _loss(_Functional(model, params), inputs)
+        return work.task.losses(_Functional(model, params), inputs).sum()
 
     per_sample = vmap(grad(loss), in_dims=(None, 0))
 
@@ -84,13 +83,70 @@ class _Functional:
     def __init__(self, model: nn.Module, params: dict[str, Tensor]) -> None:
         self.model, self.params = model, params
 
-    def __call__(self, **inputs: Tensor) -> Any:
-        return functional_call(self.model, self.params, kwargs=inputs)
+    def __call__(self, *args: Tensor, **inputs: Tensor) -> Any:
+        return functional_call(self.model, self.params, args, inputs)
 
 
-def _loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    logits = model(input_ids=batch["input_ids"]).logits
-    return F.cross_entropy(logits.float(), batch["labels"], reduction="sum")
+def opacus(work: Work) -> Run:
+    """Opacus: every parameter's per-sample gradients, [N, ...], squared and added here.
+
+    It records them in training mode alone, so dropout is set to zero instead.
+    """
+    require("opacus", "opacus")
+    from opacus.grad_sample import GradSampleModule
+
+    model = _with_plain_attention(work.model).train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    candidates = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    recorded = GradSampleModule(model, loss_reduction="sum", strict=False)
+
+    def run() -> dict[str, Tensor]:
+        scores = {name: torch.zeros_like(p) for name, p in candidates.items()}
+        for batch in work.batches:
+            work.task.losses(recorded, batch).sum().backward()
+            for name, p in candidates.items():
+                scores[name] += p.grad_sample.square_().sum(0)  # type: ignore[attr-defined]
+                p.grad_sample = p.grad = None  # type: ignore[attr-defined]
+        return {name: score.div_(work.num_samples) for name, score in scores.items()}
+
+    return run
+
+
+def backpack(work: Work) -> Run:
+    """BackPACK's SumGradSquared, with opt_einsum, without which it forms [N, T, O, I]."""
+    require("backpack", "backpack-for-pytorch")
+    require("opt_einsum", "opt_einsum")
+    from backpack import backpack as recording
+    from backpack import extend
+    from backpack.extensions import SumGradSquared
+
+    model = extend(copy.deepcopy(work.model))
+    loss_fn = extend(work.task.loss(reduction="sum"))
+    candidates = {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+    def run() -> dict[str, Tensor]:
+        scores = {name: torch.zeros_like(p) for name, p in candidates.items()}
+        for batch in work.batches:
+            loss = loss_fn(work.task.predict(model, batch), batch["labels"])
+            with recording(SumGradSquared()):
+                loss.backward()
+            for name, p in candidates.items():
+                scores[name] += p.sum_grad_squared  # type: ignore[attr-defined]
+                del p.sum_grad_squared
+                p.grad = None
+        return {name: score.div_(work.num_samples) for name, score in scores.items()}
+
+    return run
+
+
+def _with_plain_attention(model: nn.Module) -> Any:
+    """A copy with attention written out: the fused kernel gives no per-sample gradients."""
+    model = copy.deepcopy(model)
+    if hasattr(model, "set_attn_implementation"):
+        model.set_attn_implementation("eager")
+    return model
 
 
 def adamw(**flags: bool) -> Callable[[dict[str, nn.Parameter]], torch.optim.Optimizer]:

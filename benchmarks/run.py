@@ -29,7 +29,7 @@ SECONDS = {"tiny": 0.2, "quick": 8.0, "full": 90.0}  # to spend on the rounds of
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status 1 if a contender was wrong."""
+    """Exit status 1 if fishkern was wrong; a peer that is wrong is a row."""
     args = _parse(argv)
     torch.set_num_threads(args.threads)
     machine = describe(args.device)
@@ -42,7 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             _print_rows(recorder, name, config)
     _print_targets(recorder)
     print(f"\nrows appended to {recorder.path}")
-    return int(any(row["metric"] == "wrong" for row in recorder.rows))
+    return int(
+        any(
+            row["metric"] == "wrong" and row["contender"] == CASES[row["case"]].own
+            for row in recorder.rows
+        )
+    )
 
 
 def measure(
@@ -62,6 +67,11 @@ def measure(
             runs[name] = build(workload)
         except (Missing, Wrong) as reason:
             recorder.add(case.name, name, config, type(reason).__name__.lower(), str(reason))
+        except Exception as error:
+            if name == case.own:
+                raise
+            text = f"{type(error).__name__}: {error}"
+            recorder.add(case.name, name, config, "failed", text.splitlines()[0][:200])
         gc.collect()
     if runs:
         times = alternate(runs, device, seconds, case.min_rounds)
@@ -75,13 +85,16 @@ def measure(
     names = list(runs)
     del runs, workload
     if memory and case.measures_memory(config):
+        peaks: dict[str, float] = {}
         for name in names:
             try:
-                recorder.add(
-                    case.name, name, config, "peak_mib", peak_mib(case, config, device, name)
-                )
+                peaks[name] = peak_mib(case, config, device, name)
+                recorder.add(case.name, name, config, "peak_mib", peaks[name])
             except Missing as reason:
                 recorder.add(case.name, name, config, "missing", str(reason))
+        for name, peak in peaks.items():
+            if name != case.own and case.own in peaks and peak > 0:
+                recorder.add(case.name, case.own, config, f"peak_of:{name}", peaks[case.own] / peak)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -6,11 +6,12 @@ import importlib
 import importlib.util
 import inspect
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,12 +30,31 @@ TINY |= {"num_attention_heads": 2, "intermediate_size": 64}
 PACKAGES = ("argparse", "decimal", "email.message", "inspect", "logging", "unittest")
 
 
+class Task(NamedTuple):
+    """What a model is asked for, and its loss: of one output and the batch's labels."""
+
+    predict: Callable[[Any, Batch], Tensor]
+    loss: type[nn.Module]  # takes ``reduction``
+
+    def losses(self, model: Any, batch: Batch) -> Tensor:
+        """A loss per sample, [N]: the sum over all that the sample has."""
+        output, labels = self.predict(model, batch), batch["labels"]
+        output = output if output.dtype == torch.float64 else output.float()
+        losses = self.loss(reduction="none")(output, labels)
+        return losses.flatten(1).sum(1) if losses.dim() > 1 else losses
+
+
+CLASSES = Task(lambda model, batch: model(input_ids=batch["input_ids"]).logits, nn.CrossEntropyLoss)
+SQUARES = Task(lambda model, batch: model(batch["x"]), nn.MSELoss)
+
+
 @dataclass
 class Work:
     """A model in eval mode, whose candidates require a gradient, and batches for it."""
 
     model: nn.Module
     batches: list[Batch]
+    task: Task = CLASSES
 
     @property
     def num_samples(self) -> int:
@@ -56,8 +76,13 @@ def require(package: str, install: str) -> ModuleType:
 
 
 def scoring_work(config: Config, device: str) -> Work:
-    """``config``: model, params ("lora", "linears" or "all"), batches, batch, tokens, dtype."""
+    """``config``: model, params ("lora", "linears" or "all"), batches, batch, tokens, dtype.
+
+    With the model "linear", a single layer: inputs and outputs in place of params.
+    """
     torch.manual_seed(0)
+    if config["model"] == "linear":
+        return linear_work(config, device)
     model = encoder(config)
     model.requires_grad_(config["params"] == "all")
     if config["params"] == "lora":
@@ -75,6 +100,19 @@ def scoring_work(config: Config, device: str) -> Work:
     labels = torch.randint(2, size[:2], device=device)
     batches = zip(ids, labels, strict=True)
     return Work(model, [{"input_ids": i, "labels": y} for i, y in batches])
+
+
+def linear_work(config: Config, device: str) -> Work:
+    """One linear layer of ``inputs`` and ``outputs`` features on its own."""
+    dtype = getattr(torch, config["dtype"])
+    model = nn.Linear(config["inputs"], config["outputs"]).to(device, dtype)
+    size = (config["batch"], config["tokens"])
+    draw = partial(torch.randn, device=device, dtype=dtype)
+    pairs = [
+        (draw(*size, config["inputs"]), draw(*size, config["outputs"]))
+        for _ in range(config["batches"])
+    ]
+    return Work(model, [{"x": x, "labels": y} for x, y in pairs], SQUARES)
 
 
 def encoder(config: Config) -> nn.Module:

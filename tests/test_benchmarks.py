@@ -258,3 +258,24 @@ def test_gpu_steps_name_what_exists():
         "tests on the GPU",
         "benchmarks",
     ]
+
+
+def test_a_peer_that_raises_is_a_row(tmp_path, monkeypatch):
+    """Only what fishkern itself raises ends the run."""
+
+    def raising(work):
+        raise TypeError("no such layer\nand more")
+
+    case = Scoring()
+    contenders = {**case.contenders, "BackPACK": raising}
+    monkeypatch.setattr(Scoring, "contenders", contenders)
+    recorder = Recorder(tmp_path / "x.csv", dict.fromkeys(COLUMNS[:9], "-"))
+    config = case.sweep("tiny", "cpu")[-1]
+    run.measure(case, config, "cpu", recorder, 0.01, memory=False)
+    rows = {(row["contender"], row["metric"]): row["value"] for row in recorder.rows}
+    assert rows["BackPACK", "failed"] == "TypeError: no such layer"
+    assert ("BackPACK", "time_ms") not in rows
+    assert ("fishkern", "time_of:torch.func vmap") in rows
+    monkeypatch.setattr(Scoring, "contenders", {**contenders, "fishkern": raising})
+    with pytest.raises(TypeError, match="no such layer"):
+        run.measure(case, config, "cpu", recorder, 0.01, memory=False)

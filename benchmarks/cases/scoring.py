@@ -10,16 +10,21 @@ import torch
 import fishkern
 from benchmarks import peers
 from benchmarks.harness import Case, Config, Run, Target, Times, Wrong, median_ratio
-from benchmarks.workloads import Work, scoring_work
+from benchmarks.workloads import CLASSES, Work, scoring_work
 
 FISHKERN, ORDINARY, LOOP = "fishkern", "ordinary pass", "one-sample loop"
+VMAP, BACKPACK, OPACUS = "torch.func vmap", "BackPACK", "Opacus"
+PEERS = (VMAP, BACKPACK, OPACUS)
 # Of a tensor's largest score, or of the model's where a tensor's are zero but for rounding. Half
 # precision rounds every gradient; what it must still tell is a square taken in the wrong place.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.2}
 
 
 def fishkern_scores(work: Work) -> Run:
-    return lambda: fishkern.estimate_fisher(work.model, work.batches, verify=0, progress=False)
+    loss_fn = None if work.task is CLASSES else work.task.losses
+    return lambda: fishkern.estimate_fisher(
+        work.model, work.batches, loss_fn=loss_fn, verify=0, progress=False
+    )
 
 
 def _target(what: str, params: str, metric: str, bound: float, at_least: bool = False) -> Target:
@@ -36,7 +41,9 @@ class Scoring(Case):
         FISHKERN: fishkern_scores,
         ORDINARY: peers.ordinary_pass,
         LOOP: peers.one_sample_loop,
-        "torch.func vmap": peers.vmap_of_grad,
+        VMAP: peers.vmap_of_grad,
+        BACKPACK: peers.backpack,
+        OPACUS: peers.opacus,
     }
     targets = (
         _target("time / ordinary pass", "lora", f"ratio:{ORDINARY}", 1.05),
@@ -44,6 +51,11 @@ class Scoring(Case):
         _target("time / ordinary pass", "all", f"ratio:{ORDINARY}", 1.25),
         _target("gain over the loop / what batching gives", "lora", "gain_share", 0.95, True),
         _target("gain over the loop / what batching gives", "all", "gain_share", 0.95, True),
+        *(
+            Target(f"scoring: {what} / {peer}'s", {}, FISHKERN, f"{metric}:{peer}", 1)
+            for what, metric in (("time", "time_of"), ("peak memory", "peak_of"))
+            for peer in PEERS
+        ),
     )
 
     def sweep(self, suite: str, device: str) -> list[Config]:
@@ -52,6 +64,12 @@ class Scoring(Case):
         if suite == "tiny":
             base |= {"model": "tiny", "batches": 2, "batch": 4, "tokens": 8}
         sweep = [{**base, "params": params} for params in ("lora", "linears", "all")]
+        layer = {**base, "model": "linear", "batches": 8}
+        shapes = [(768, 8, 64), (8, 768, 64), (768, 768, 64), (384, 1536, 128), (1536, 384, 1)]
+        if suite == "tiny":
+            shapes = [(16, 8, 4)]
+        for inputs, outputs, tokens in shapes:
+            sweep.append({**layer, "inputs": inputs, "outputs": outputs, "tokens": tokens})
         if device == "cuda":
             sweep += [{**config, "dtype": "bfloat16"} for config in sweep]
         return sweep
@@ -67,6 +85,8 @@ class Scoring(Case):
         work = scoring_work(small, device)
         found = self.contenders[contender](work)()
         work.model.double()
+        for batch in work.batches:
+            batch |= {k: v.double() for k, v in batch.items() if v.is_floating_point()}
         truth = peers.one_sample_loop(work)()
         if set(found) != set(truth):
             raise Wrong(f"scores of other parameters: {sorted(set(found) ^ set(truth))[:3]}")
@@ -85,6 +105,9 @@ class Scoring(Case):
             samples_per_second = workload.num_samples / torch.tensor(seconds).median().item()
             yield name, "samples_per_s", samples_per_second
         yield FISHKERN, "candidates", float(candidates)
+        for peer in PEERS:
+            if {FISHKERN, peer} <= set(times):
+                yield FISHKERN, f"time_of:{peer}", median_ratio(times, FISHKERN, peer)
         if {FISHKERN, ORDINARY, LOOP} <= set(times):
             gain = median_ratio(times, LOOP, FISHKERN)
             yield FISHKERN, "gain_share", gain / median_ratio(times, LOOP, ORDINARY)
