@@ -29,6 +29,16 @@ def fisher_oracle(model, batches, loss, names, dtype=torch.float64):
     return {name: t / num_samples for name, t in zip(names, total, strict=True)}
 
 
+def sample_oracle(model, batches, loss, names):
+    """Each sample's squared gradients by name: ``[N, *shape]``, in the order of the batches."""
+    each = [
+        fisher_oracle(model, [one_sample(batch, n)], loss, names)
+        for batch in batches
+        for n in range(batch_size(batch))
+    ]
+    return {name: torch.stack([squares[name] for squares in each]) for name in names}
+
+
 def batch_size(batch):
     """Of a mapping that of its labels; of a sequence that of its last tensor."""
     return len(batch["labels"] if isinstance(batch, dict) else batch[-1])

@@ -338,7 +338,11 @@ def shard(rank, path, model, batches):
     torch.set_num_threads(1)
     with process_group(rank, 2, path / "store"):
         scores = score(
-            model, [batches[rank]], process_group=torch.distributed.group.WORLD, params="*"
+            model,
+            [batches[rank]],
+            process_group=torch.distributed.group.WORLD,
+            params="*",
+            sample_scores=True,
         )
     scores.save(path / f"{rank}.safetensors")
 
@@ -352,5 +356,9 @@ def test_two_processes_equal_one_with_all_the_data(tmp_path):
     mp.spawn(shard, (tmp_path, model, batches), nprocs=2)
     parts = [FisherDiagonal.load(tmp_path / f"{rank}.safetensors") for rank in range(2)]
     assert parts[0].num_samples == 5
-    assert all(torch.equal(parts[0][name], parts[1][name]) for name in parts[0])
+    assert parts[0] == parts[1]
+    alone = [score(model, [part], params="*", sample_scores=True) for part in batches]
+    torch.testing.assert_close(
+        parts[0].sample_scores, torch.cat([each.sample_scores for each in alone])
+    )
     assert_scores_match(parts[0], fisher_oracle(model, batches, next_token_loss, list(parts[0])))

@@ -123,5 +123,5 @@ def test_sample_scores_are_held_saved_and_compared(tmp_path):
 def test_sample_scores_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"sample_scores has shape \[3\], num_samples is 4"):
         FisherDiagonal(scores(), num_samples=4, sample_scores=torch.rand(3))
-    with pytest.raises(TypeError, match="sample_scores.*float64"):
+    with pytest.raises(TypeError, match=r"sample_scores.*float64"):
         FisherDiagonal(scores(), num_samples=4, sample_scores=torch.rand(4).double())
