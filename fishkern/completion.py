@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import NamedTuple
 
@@ -91,13 +91,12 @@ class FisherAccumulator:
         self._begin()
         self.broadcast = broadcast
         self.strays = set(self.params).difference(names)  # scored elsewhere: nothing is held
-        hooks = [self.params[n].register_hook(partial(self._completed, n)) for n in names]
-        try:
+        with ExitStack() as stack:
+            stack.callback(self.uses.clear)
+            for name in names:
+                hook = self.params[name].register_hook(partial(self._completed, name))
+                stack.enter_context(hook)
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-            self.uses.clear()
 
     # In the forward pass
 

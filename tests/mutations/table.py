@@ -286,7 +286,7 @@ MUTANTS = (
     Mutant(
         11,
         "hooks stay on the parameters",
-        _instead(COMPLETION, "                hook.remove()\n", "                pass\n"),
+        _instead(COMPLETION, "                stack.enter_context(hook)\n", ""),
         "test_pitfall_11_nothing_is_left_from_an_earlier_call",
     ),
     Mutant(
