@@ -1,0 +1,313 @@
+"""Every method of parameter-efficient fine-tuning, as a table.
+
+What PEFT (or the ``adapters`` package) is asked for, on which model, and which way the scores of
+each kind of parameter go. The tests hold it to be true; ``peft_table`` makes the documentation's
+table of it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from benchmarks.peft_models import BASES, Batch, Method, Options, imported
+
+
+def _from_data(model: nn.Module, batch: Batch) -> None:
+    """EVA's initialisation: principal components of the layers' inputs."""
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    imported("peft").initialize_lora_eva_weights(model, [inputs] * 8, show_progress_bar=False)
+
+
+def _trained_before(folder: Path) -> Options:
+    """X-LoRA mixes adapters that were trained before."""
+    peft = imported("peft")
+    lora = {"r": 2, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
+    for name in "01":
+        model = peft.get_peft_model(BASES["decoder"].model("tiny"), peft.LoraConfig(**lora))
+        model.save_pretrained(folder / name)
+    mixed = {name: str(folder / name) for name in "01"}
+    return {"adapters": mixed, "hidden_size": 16, "xlora_depth": 1, **CAUSAL}
+
+
+CLASSES, CAUSAL = {"task_type": "SEQ_CLS"}, {"task_type": "CAUSAL_LM"}
+SEQUENCES = {"task_type": "SEQ_2_SEQ_LM"}
+EMBEDDING = {"target_modules": ["word_embeddings"]}
+TOKENS = list(range(2, 30))
+LORA, DORA = {"fused": "lora_A lora_B"}, {"loop": "lora_A lora_B lora_magnitude_vector"}
+VIRTUAL, HEAD = {"num_virtual_tokens": 3}, "modules_to_save modules_to_save.bias"
+BOTTLENECK = {"fused": "adapter_down* adapter_up* classifier*"}
+
+METHODS = (
+    # LoRA, its initialisations, and on other layers than linear ones
+    Method("LoRA", "LoraConfig", LORA),
+    Method("rsLoRA", "LoraConfig", LORA, {"use_rslora": True}),
+    Method("PiSSA", "LoraConfig", LORA, {"init_lora_weights": "pissa"}),
+    Method("OLoRA", "LoraConfig", LORA, {"init_lora_weights": "olora"}),
+    Method("EVA", "LoraConfig", LORA, {"init_lora_weights": "eva"}, after=_from_data),
+    Method(
+        "LoRA with biases",
+        "LoraConfig",
+        {"fused": "lora_A lora_B lora_B.bias base_layer.bias"},
+        {"bias": "lora_only", "lora_bias": True},
+    ),
+    Method(
+        "LoRA with a head (modules_to_save)",
+        "LoraConfig",
+        {"fused": f"lora_A lora_B {HEAD}"},
+        {"modules_to_save": ["classifier"]},
+    ),
+    Method("LoRA on Conv1D (GPT-2)", "LoraConfig", LORA, {"fan_in_fan_out": True}, "gpt2"),
+    Method("LoRA on Conv2d", "LoraConfig", {"loop": "lora_A lora_B"}, base="images"),
+    Method("LoRA on Embedding", "LoraConfig", {"loop": "lora_embedding_*"}, EMBEDDING),
+    Method("DoRA", "LoraConfig", DORA, {"use_dora": True}),
+    Method("DoRA on Conv2d", "LoraConfig", DORA, {"use_dora": True}, "images"),
+    Method(
+        "DoRA on Embedding",
+        "LoraConfig",
+        {"loop": "lora_embedding_* lora_magnitude_vector"},
+        {"use_dora": True, **EMBEDDING},
+    ),
+    # Relatives of LoRA
+    Method("AdaLoRA", "AdaLoraConfig", {"loop": "lora_A lora_B lora_E"}, {"total_step": 10}),
+    Method("VeRA", "VeraConfig", {"loop": "vera_lambda_*"}, {"r": 4}),
+    Method("PVeRA", "PveraConfig", {"loop": "pvera_lambda_*"}, {"r": 4}),
+    Method("RandLoRA", "RandLoraConfig", {"loop": "randlora_*"}, {"r": 4}),
+    Method("VB-LoRA", "VBLoRAConfig", {"loop": "vblora_*"}, {"vector_length": 4, "num_vectors": 6}),
+    Method("Uni-LoRA", "UniLoraConfig", {"loop": "unilora_theta_d"}),
+    Method("TinyLoRA", "TinyLoraConfig", {"loop": "tinylora_v"}, {"u": 8}),
+    Method("GraLoRA", "GraloraConfig", {"loop": "gralora_*"}, {"r": 4}),
+    Method("GLoRA", "GloraConfig", {"loop": "X*"}, {"r": 4}),
+    Method("DeLoRA", "DeloraConfig", {"loop": "delora_*"}, {"r": 4}),
+    Method("HiRA", "HiraConfig", {"loop": "hira_*"}, {"r": 4}),
+    Method(
+        "Poly",
+        "PolyConfig",
+        {"loop": "module_logits poly_lora_*", "fused": HEAD},
+        {"r": 4, "n_tasks": 2, "n_skills": 2, "n_splits": 2, **CLASSES},
+        tasks=True,
+    ),
+    Method("X-LoRA", "XLoraConfig", {"fused": "layers layers.bias"}, _trained_before, "decoder"),
+    Method(
+        "Lily",  # its router averages over all tokens of the batch
+        "LilyConfig",
+        {},
+        {"r": 4},
+        refused="Do the samples depend on each other",
+    ),
+    # Other products and transforms of a weight
+    Method("LoHa", "LoHaConfig", {"loop": "hada_*"}, {"r": 4}),
+    Method("LoHa on Conv2d", "LoHaConfig", {"loop": "hada_*"}, {"r": 4}, "images"),
+    Method("LoKr", "LoKrConfig", {"loop": "lokr_*"}, {"r": 4}),
+    Method("LoKr on Conv2d", "LoKrConfig", {"loop": "lokr_*"}, {"r": 4}, "images"),
+    Method("FourierFT", "FourierFTConfig", {"loop": "fourierft_spectrum"}, {"n_frequency": 10}),
+    Method("WaveFT", "WaveFTConfig", {"loop": "waveft_spectrum"}, {"n_frequency": 10}),
+    Method("C3A", "C3AConfig", {"loop": "c3a_kernel"}, {"block_size": 4}),
+    Method("OFT", "OFTConfig", {"loop": "oft_R"}, {"r": 0, "oft_block_size": 4}),
+    Method(
+        "OFT on Conv2d",
+        "OFTConfig",
+        {"loop": "oft_R"},
+        {"r": 0, "oft_block_size": 4, "target_modules": ["layer.0.convolution"]},
+        "images",
+    ),
+    Method("BOFT", "BOFTConfig", {"loop": "boft_R boft_s"}, {"boft_block_size": 4}),
+    Method(
+        "BOFT on Conv2d",
+        "BOFTConfig",
+        {"loop": "boft_R boft_s"},
+        {"boft_block_size": 4, "target_modules": ["layer.0.convolution"]},
+        "images",
+    ),
+    Method("HRA", "HRAConfig", {"loop": "hra_u"}, {"r": 4}),
+    Method("PSOFT", "PsoftConfig", {"loop": "psoft_R vector_*"}, {"r": 4}),
+    Method("RoAd", "RoadConfig", {"loop": "road_*"}, {"group_size": 4}),
+    Method("MiSS", "MissConfig", {"loop": "miss_block"}, {"r": 4}),
+    Method("OSF", "OSFConfig", {"loop": "?_low"}),
+    Method("FRoD", "FrodConfig", {"loop": "frod_lambda_*"}, {"progressbar": False}),
+    Method("AdaMSS", "AdamssConfig", {"loop": "adamss_*"}),
+    Method("DEFT", "DeftConfig", {"loop": "deft_*"}, {"r": 4}),
+    Method("PEANuT", "PeanutConfig", {"loop": "peanut_*"}, {"r": 4}),
+    # Scales, shifts, norms, single entries
+    Method(
+        "IA3",
+        "IA3Config",
+        {"loop": "ia3_l"},
+        {"target_modules": ["value", "output.dense"], "feedforward_modules": ["output.dense"]},
+    ),
+    Method("IA3 on Conv2d", "IA3Config", {"loop": "ia3_l"}, {"feedforward_modules": []}, "images"),
+    Method("BEFT", "BeftConfig", {"loop": "beft_bias"}),
+    Method(
+        "LN tuning",
+        "LNTuningConfig",
+        {"fused": "ln_tuning_layers*"},
+        {"target_modules": ["LayerNorm"]},
+    ),
+    Method(
+        "LN tuning (RMSNorm)",
+        "LNTuningConfig",
+        {"fused": "ln_tuning_layers"},
+        {"target_modules": ["input_layernorm"]},
+        "decoder",
+    ),
+    Method("SHiRA", "ShiraConfig", {"loop": "shira_weight"}, {"r": 2}),
+    Method("SuperTuning", "SupertuningConfig", {"loop": "supertuning_values"}),
+    Method(
+        "trainable tokens",
+        "TrainableTokensConfig",
+        {"loop": "trainable_tokens_delta"},
+        {"token_indices": TOKENS, **EMBEDDING},
+    ),
+    Method(
+        "LoRA with trainable tokens",
+        "LoraConfig",
+        {**LORA, "loop": "trainable_tokens_delta"},
+        {"trainable_token_indices": {"word_embeddings": TOKENS}},
+    ),
+    # Virtual tokens
+    Method(
+        "prompt tuning",
+        "PromptTuningConfig",
+        {"loop": "embedding", "fused": HEAD},
+        {**VIRTUAL, **CLASSES},
+    ),
+    Method(
+        "prompt tuning (causal)",
+        "PromptTuningConfig",
+        {"loop": "embedding"},
+        {**VIRTUAL, **CAUSAL},
+        "decoder",
+    ),
+    Method(
+        "prompt tuning (encoder-decoder)",
+        "PromptTuningConfig",
+        {"loop": "embedding"},
+        {**VIRTUAL, **SEQUENCES},
+        "encoder-decoder",
+    ),
+    Method(
+        "multitask prompt tuning",
+        "MultitaskPromptTuningConfig",
+        {"loop": "prefix_task_*", "fused": f"embedding {HEAD}"},
+        {"num_tasks": 2, **VIRTUAL, **CLASSES},
+        tasks=True,
+    ),
+    Method(
+        "p-tuning",
+        "PromptEncoderConfig",
+        {"loop": "embedding mlp_head*", "fused": HEAD},
+        {"encoder_hidden_size": 8, **VIRTUAL, **CLASSES},
+    ),
+    Method(
+        "p-tuning (LSTM)",
+        "PromptEncoderConfig",
+        {"loop": "embedding mlp_head* weight_?h_* bias_?h_*", "fused": HEAD},
+        {"encoder_hidden_size": 8, "encoder_reparameterization_type": "LSTM", **VIRTUAL, **CLASSES},
+    ),
+    Method(
+        "prefix tuning",
+        "PrefixTuningConfig",
+        {"fused": f"embedding {HEAD}"},
+        {**VIRTUAL, **CLASSES},
+    ),
+    Method(
+        "prefix tuning (projected)",
+        "PrefixTuningConfig",
+        {"fused": f"embedding transform* {HEAD}"},
+        {"prefix_projection": True, "encoder_hidden_size": 8, **VIRTUAL, **CLASSES},
+    ),
+    Method(
+        "prefix tuning (causal)",
+        "PrefixTuningConfig",
+        {"fused": "embedding"},
+        {**VIRTUAL, **CAUSAL},
+        "decoder",
+    ),
+    Method(
+        "prefix tuning (encoder-decoder)",
+        "PrefixTuningConfig",
+        {"fused": "embedding"},
+        {**VIRTUAL, **SEQUENCES},
+        "encoder-decoder",
+    ),
+    Method(
+        "CPT",
+        "CPTConfig",
+        {"loop": "delta_embedding"},
+        {
+            "cpt_token_ids": [3, 4, 5],
+            "cpt_mask": [1] * 3,
+            "cpt_tokens_type_mask": [1, 2, 3],
+            **CAUSAL,
+        },
+        "decoder",
+        default_loss=False,  # its own weighs tokens by their types
+    ),
+    Method(
+        "Cartridge",
+        "CartridgeConfig",
+        {"loop": "trainable_embedding"},
+        {"num_frozen_tokens": 1, **VIRTUAL, **CAUSAL},
+        "decoder",
+    ),
+    Method(
+        "LLaMA-Adapter",
+        "AdaptionPromptConfig",
+        {"loop": "adaption_*"},
+        {"target_modules": None, "adapter_len": 3, "adapter_layers": 1, **CAUSAL},
+        "decoder",
+    ),
+    # Added layers
+    Method(
+        "Shadow",
+        "ShadowConfig",
+        {"fused": "shadow_* ?_proj gate_proj up_proj down_proj *norm"},
+        {"r": 4, "target_modules": None, "auxiliary_loss_weight": 0.0, **CAUSAL},
+        "decoder",
+    ),
+    Method(
+        "bottleneck (Houlsby)",
+        "DoubleSeqBnConfig",
+        BOTTLENECK,
+        {"reduction_factor": 4},
+        package="adapters",
+    ),
+    Method(
+        "bottleneck (Pfeiffer)",
+        "SeqBnConfig",
+        BOTTLENECK,
+        {"reduction_factor": 4},
+        package="adapters",
+    ),
+    Method(
+        "bottleneck (parallel)",
+        "ParBnConfig",
+        BOTTLENECK,
+        {"reduction_factor": 4},
+        package="adapters",
+    ),
+    Method(
+        "bottleneck (Pfeiffer, invertible)",
+        "SeqBnInvConfig",
+        {"fused": f"{BOTTLENECK['fused']} F* G*"},
+        {"reduction_factor": 4},
+        package="adapters",
+    ),
+    Method(
+        "Compacter",
+        "CompacterConfig",
+        {"loop": "W_left W_right b phm_rule", "fused": "classifier*"},
+        {"reduction_factor": 4},
+        package="adapters",
+    ),
+    Method(
+        "Mix-and-Match",
+        "MAMConfig",
+        {"fused": f"{BOTTLENECK['fused']} wte control_trans*"},
+        package="adapters",
+    ),
+)
+
+# What PEFT has beside these, and why it is no row.
+ABSENT: dict[str, str] = {}
