@@ -9,7 +9,7 @@ from torch import nn
 import fishkern
 from tests.support.optim import make_mask, make_model
 from tests.support.oracle import fisher_oracle
-from tests.support.problems import PROBLEMS
+from tests.support.problems import PROBLEMS, bert, classes
 from tests.support.tolerances import assert_matches, assert_scores_match
 
 pytestmark = [
@@ -90,6 +90,44 @@ def test_scores_as_on_the_cpu(device, name):
     )
     assert all(t.device.type == device.type for t in scores.values())
     assert_scores_match(scores, fisher_oracle(model, batches, problem.loss, list(scores)))
+
+
+@pytest.mark.parametrize("labels", ["sampled", "expected"])
+def test_labels_of_the_model_itself(device, labels):
+    """By a generator of the CPU, too; the two devices draw different labels."""
+    model, batch = bert(), classes(64)
+    on_cpu = fishkern.estimate_fisher(model, [batch], labels=labels, progress=False)
+    found = [
+        fishkern.estimate_fisher(
+            copy.deepcopy(model).to(device),
+            [to(batch, device)],
+            labels=labels,
+            generator=torch.Generator().manual_seed(0),
+            progress=False,
+        )
+        for _ in range(2)
+    ]
+    assert_scores_match(found[1], {name: t.double().cpu() for name, t in found[0].items()})
+    if labels == "expected":
+        assert_scores_match(found[0], {name: t.double() for name, t in on_cpu.items()})
+
+
+def test_the_recipe_moves_batches_to_the_model(device):
+    model = bert().to(device)
+    optimizer = fishkern.create_fish_optimizer(
+        model, [classes(), classes()], density=0.1, lr=1e-3, num_samples=8, warmup_steps=3,
+        progress=False,
+    )  # fmt: skip
+    assert {t.device.type for t in optimizer.fisher.values()} == {device.type}
+
+
+def test_baseline_scores_as_on_the_cpu(device):
+    model, batch = bert(), classes()
+    on_cpu, found = (
+        fishkern.baseline_scores(m, [batch], kind="gradient", progress=False)
+        for m in (model, copy.deepcopy(model).to(device))
+    )
+    assert_scores_match(found, {name: t.double() for name, t in on_cpu.items()})
 
 
 def test_scores_on_the_host(device):
