@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
-from fishkern.functional import linear_fisher_
-from fishkern.interception.rules import NO_MASKS, Rule, register_rule, sum_by_sample
+from fishkern.functional import linear_fisher_, norm_fisher_
+from fishkern.interception.rules import NO_MASKS, Rule, register_rule
 
 
 class LinearRule(Rule):
@@ -106,10 +106,7 @@ def bias_fisher_(
 
     ``sample_scores[n]`` gets the same squares, summed over the mask ``[O]``.
     """
-    squares = grad_out.flatten(1, -2).sum(1, dtype=fisher.dtype).square_()
-    fisher += squares.sum(0)
-    if sample_scores is not None:
-        sample_scores += sum_by_sample(squares, mask)
+    norm_fisher_(None, fisher, None, grad_out, sample_scores=sample_scores, bias_mask=mask)
 
 
 def _weight(module: nn.Module) -> Tensor:

@@ -1,20 +1,30 @@
-"""Rules for norms: what they scale is their input, normalised."""
+"""Rules for norms: what they scale and shift is their input, normalised."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fishkern.interception.rules import Rule, original_class, register_rule
+from fishkern.functional import norm_fisher_
+from fishkern.interception.rules import NO_MASKS, Rule, original_class, register_rule
 
 
-class LayerNormRule(Rule):
-    """``y = x_hat w + b`` with ``x_hat = (x - mean) / sqrt(var + eps)``."""
+class ScaleRule(Rule):
+    """``y = x_hat w + b``, feature by feature; a subclass says what x_hat is."""
+
+    def x_hat(self, module: nn.Module, x: Tensor) -> Tensor:
+        """What the weight is multiplied with, of x's shape and dtype."""
+        raise NotImplementedError(f"{type(self).__name__} has no x_hat")
 
     def input_dims(self, module: nn.Module) -> int:
-        """Those that are normalised over."""
-        return len(_layer_norm(module).normalized_shape)
+        """Those of the weight."""
+        weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
+        param = bias if weight is None else weight
+        return 1 if param is None else param.dim()
 
     def output_dims(self, module: nn.Module) -> int:
         """The same."""
@@ -22,9 +32,50 @@ class LayerNormRule(Rule):
 
     def sample_grads(self, module: nn.Module, x: Tensor, grad_out: Tensor) -> dict[str, Tensor]:
         """``sum_t grad_out x_hat`` and ``sum_t grad_out``."""
-        norm = _layer_norm(module)
-        x_hat = F.layer_norm(x.to(grad_out.dtype), norm.normalized_shape, eps=norm.eps)
+        x_hat = self.x_hat(module, x.to(grad_out.dtype))
         return {"weight": (grad_out * x_hat).sum(1), "bias": grad_out.sum(1)}
+
+    def fisher_(
+        self,
+        module: nn.Module,
+        fishers: Mapping[str, Tensor],
+        x: Tensor,
+        grad_out: Tensor,
+        *,
+        sample_scores: Tensor | None = None,
+        masks: Mapping[str, Tensor | None] = NO_MASKS,
+    ) -> None:
+        """Both parameters in one pass over grad_out; x_hat in float32 at least."""
+        x_hat = None
+        if "weight" in fishers:
+            wide = torch.promote_types(x.dtype, torch.float32)
+            x_hat = self.x_hat(module, x.to(wide)).flatten(2)
+        weight, bias = (
+            None if (fisher := fishers.get(name)) is None else fisher.view(-1)
+            for name in ("weight", "bias")
+        )
+        weight_mask, bias_mask = (
+            None if (mask := masks.get(name)) is None else mask.flatten()
+            for name in ("weight", "bias")
+        )
+        norm_fisher_(
+            weight,
+            bias,
+            x_hat,
+            grad_out.flatten(2),
+            sample_scores=sample_scores,
+            weight_mask=weight_mask,
+            bias_mask=bias_mask,
+        )
+
+
+class LayerNormRule(ScaleRule):
+    """``x_hat = (x - mean) / sqrt(var + eps)``."""
+
+    def x_hat(self, module: nn.Module, x: Tensor) -> Tensor:
+        """The layer's output for a weight of ones and a bias of zeros."""
+        norm = _layer_norm(module)
+        return F.layer_norm(x, norm.normalized_shape, eps=norm.eps)
 
     def input_grad(self, module: nn.Module, x: Tensor, grad_out: Tensor) -> Tensor:
         """The backward of ``layer_norm``, for its input alone."""
@@ -41,51 +92,86 @@ class LayerNormRule(Rule):
         return grad
 
 
-class RMSNormRule(Rule):
-    """Any norm that is affine in its one weight: ``y = x_hat w``, or ``x_hat (1 + w)``.
+class TriedNormRule(ScaleRule):
+    """Any norm that computes ``y = x_hat w + b``, or ``x_hat (1 + w) + b``, with or without b.
 
-    Models bring their own classes for it, with x_hat computed in one dtype or another. So x_hat is
-    asked of the layer itself - its output for a weight of ones, less that for zeros - and whether a
-    class is of this kind is tried out, not assumed of its name.
+    Models bring their own classes for it, with x_hat computed in one way or another. So x_hat is
+    asked of the layer itself - it is its output for a certain weight - and whether a class is of
+    this kind is tried out, not assumed of its name.
     """
 
-    params = ("weight",)
+    optional = ("bias",)
 
     def covers(self, module: nn.Module) -> bool:
-        """Whether the layer's output for any weight is what those for ones and zeros foretell."""
-        (weight,) = module._parameters.values() if len(module._parameters) == 1 else (None,)
-        if weight is None or weight.dim() != 1 or weight.device.type == "meta":
-            return False
-        with torch.no_grad():
-            ramp = torch.linspace(-2, 3, len(weight), device=weight.device)
-            x = torch.stack([ramp, ramp.cos(), ramp.sin() * 5]).to(weight.dtype)
-            other = torch.linspace(0.5, 2, len(weight), device=weight.device).to(weight.dtype)
-            at_zero, at_one = (_with_weight(module, x, weight * 0 + c) for c in (0, 1))
-            expected = at_zero + (at_one - at_zero) * other
-            found = _with_weight(module, x, other)
-            alone = _with_weight(module, x[1:2], other)
-            tolerance = 1e-4 if weight.dtype in (torch.float32, torch.float64) else 0.05
-            return torch.allclose(found, expected, tolerance, tolerance) and torch.allclose(
-                found[1:2], alone, tolerance, tolerance
-            )
+        """Whether its outputs for several weights and inputs are what one of them foretells."""
+        weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
+        return (
+            weight is not None
+            and set(module._parameters) <= {"weight", "bias"}
+            and (bias is None or bias.shape == weight.shape)
+            and weight.is_floating_point()
+            and weight.device.type != "meta"
+            and weight.numel() > 0
+            # Running averages would be changed by a trial, and may be those of the batch.
+            and not any(True for _ in module.buffers())
+            and _unit(module) is not None
+        )
 
-    def sample_grads(self, module: nn.Module, x: Tensor, grad_out: Tensor) -> dict[str, Tensor]:
-        """``sum_t grad_out x_hat``."""
-        weight = module._parameters["weight"]
-        assert weight is not None
-        at_zero, at_one = (_with_weight(module, x, torch.full_like(weight, c)) for c in (0, 1))
-        return {"weight": (grad_out * (at_one - at_zero)).sum(1)}
+    def x_hat(self, module: nn.Module, x: Tensor) -> Tensor:
+        """The layer's output for the weight that changes nothing."""
+        unit = _unit(module)
+        assert unit is not None
+        return _output(module, x, unit, 0.0)
 
 
-def _with_weight(module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
-    """The layer's output as if this were its weight."""
-    before = module._parameters["weight"]
+# What is found out about a module, so that it is tried once.
+_units: WeakKeyDictionary[nn.Module, float | None] = WeakKeyDictionary()
+
+
+def _unit(module: nn.Module) -> float | None:
+    """The weight for which the layer's output is x_hat, 1 or 0; None: it is no such norm."""
+    if module not in _units:
+        _units[module] = next((unit for unit in (1.0, 0.0) if _is_norm(module, unit)), None)
+    return _units[module]
+
+
+def _is_norm(module: nn.Module, unit: float) -> bool:
+    """Whether y is ``x_hat (w + 1 - unit) + b``, each token's from its own x alone."""
+    weight, bias = module._parameters["weight"], module._parameters.get("bias")
+    assert weight is not None
+    ramp = torch.linspace(-2, 3, weight.numel(), device=weight.device)
+    x = torch.stack([ramp, ramp.cos(), ramp.sin() * 5, ramp.square() - 1]).view(2, 2, *weight.shape)
+    scale, shift = (ramp * 0.4 + 1.3).view_as(weight), ramp.sin().view_as(weight)
+    x, scale, shift = (t.to(weight.dtype) for t in (x, scale, shift))
+    tolerance = 1e-4 if weight.dtype in (torch.float32, torch.float64) else 0.05
     try:
-        module._parameters["weight"] = weight  # type: ignore[assignment]
+        with torch.no_grad():
+            x_hat = _output(module, x, unit, 0.0)
+            found = _output(module, x, scale, shift)
+            alone = _output(module, x[1:, 1:], scale, shift)
+    except Exception:  # whatever it expects, it is not one tensor [N, T, *features]
+        return False
+    expected = x_hat * (scale + (1 - unit)) + (0 if bias is None else shift)
+    return (
+        found.shape == x.shape
+        and torch.allclose(found, expected, tolerance, tolerance)
+        and torch.allclose(alone, expected[1:, 1:], tolerance, tolerance)
+    )
+
+
+def _output(module: nn.Module, x: Tensor, weight: Tensor | float, bias: Tensor | float) -> Tensor:
+    """The layer's output as if these were its parameters."""
+    before = dict(module._parameters)
+    values = {"weight": weight, "bias": bias}
+    try:
+        for name, param in before.items():
+            if param is not None:
+                value: Tensor = torch.as_tensor(values[name], dtype=x.dtype, device=x.device)
+                module._parameters[name] = value.expand(param.shape).contiguous()  # type: ignore[assignment]
         y: Tensor = original_class(module).forward(module, x)
         return y
     finally:
-        module._parameters["weight"] = before
+        module._parameters.update(before)
 
 
 def _layer_norm(module: nn.Module) -> nn.LayerNorm:
@@ -94,10 +180,5 @@ def _layer_norm(module: nn.Module) -> nn.LayerNorm:
 
 
 register_rule(nn.LayerNorm, LayerNormRule())
-for _name in (
-    "RMSNorm",  # torch's
-    *("LlamaRMSNorm", "MistralRMSNorm", "MixtralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"),
-    *("GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm", "Phi3RMSNorm", "OlmoeRMSNorm"),
-    *("DeepseekV2RMSNorm", "DeepseekV3RMSNorm", "T5LayerNorm", "MT5LayerNorm", "UMT5LayerNorm"),
-):
-    register_rule(_name, RMSNormRule())
+for _pattern in ("*RMSNorm*", "*LayerNorm*"):
+    register_rule(_pattern, TriedNormRule())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
 from types import MappingProxyType
 from typing import ClassVar
 
@@ -46,6 +47,8 @@ class Rule:
 
     #: Local names of the parameters that the rule covers.
     params: ClassVar[tuple[str, ...]] = ("weight", "bias")
+    #: Those of them that a module of the type may lack.
+    optional: ClassVar[tuple[str, ...]] = ()
     #: Whether autocast lets the layer compute in the narrow dtype, so that the input is kept in it.
     autocasts: ClassVar[bool] = False
     #: Whether an input of length 1 in dimension 0 (position ids) may stand for every sample.
@@ -134,7 +137,9 @@ def register_rule(module_type: type[nn.Module] | str, rule: Rule) -> None:
 
     Args:
         module_type: The exact type (a subclass may compute something else, so it needs a rule of
-            its own), or its qualified name where its package should not be imported.
+            its own), or its qualified or bare name where its package should not be imported. A
+            name with an asterisk stands for every class whose bare name fits and that has no rule
+            of its own; ``rule.covers`` then has to find out what each computes.
         rule: How its gradients are made.
     """
     name = module_type if isinstance(module_type, str) else _qualified_name(module_type)
@@ -148,8 +153,12 @@ def original_class(module: nn.Module) -> type[nn.Module]:
 
 
 def registered(cls: type[nn.Module]) -> Rule | None:
-    """The rule of exactly this type, or of its bare name."""
-    return _RULES.get(_qualified_name(cls)) or _RULES.get(cls.__name__)
+    """The rule of exactly this type, else of its bare name, else of a pattern that it fits."""
+    exact = _RULES.get(_qualified_name(cls)) or _RULES.get(cls.__name__)
+    if exact is not None:
+        return exact
+    patterns = ((name, rule) for name, rule in _RULES.items() if "*" in name)
+    return next((rule for name, rule in patterns if fnmatchcase(cls.__name__, name)), None)
 
 
 def rule_for(module: nn.Module) -> Rule | None:
@@ -158,7 +167,7 @@ def rule_for(module: nn.Module) -> Rule | None:
         return None
     rule = registered(original_class(module))
     # Parameters may be made anew for each call, from others (weight_norm and pruning by hooks).
-    if rule is None or not module._parameters.keys() >= set(rule.params):
+    if rule is None or not module._parameters.keys() >= set(rule.params) - set(rule.optional):
         return None
     return rule if rule.covers(module) else None
 
