@@ -148,8 +148,14 @@ MUTANTS = (
         "a bias's sums in the gradient's dtype",
         _instead(
             "interception/linear.py",
-            "sum(1, dtype=fisher.dtype)",
-            "sum(1, dtype=grad_out.dtype)",
+            "    norm_fisher_(None, fisher, None, grad_out, ",
+            "    fisher += grad_out.flatten(1, -2).sum(1).square_().sum(0)\n"
+            "    norm_fisher_(None, torch.zeros_like(fisher), None, grad_out, ",
+        )
+        + _instead(
+            "interception/linear.py",
+            "from torch import Tensor, nn\n",
+            "import torch\nfrom torch import Tensor, nn\n",
         ),
         "test_pitfall_04_many_samples_in_a_narrow_dtype",
     ),

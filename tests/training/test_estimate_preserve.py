@@ -1,15 +1,20 @@
 """Scoring leaves the model, and the rest of the process, as they were - whatever happens."""
 
 import random
+import sys
 import warnings
 from collections import OrderedDict
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
+import fishkern
 from fishkern import estimate_fisher
 from tests.support.oracle import squared_error
 from tests.support.problems import PROBLEMS, llama
@@ -37,6 +42,7 @@ class Layers(nn.Module):
         self.hidden.data += 1  # without a trace in the version counter
         self.replaced, self.absent, self.longest = torch.ones(3), torch.ones(1), x.shape[1]
         random.random()
+        np.random.rand()
         torch.rand(())
         x = self.norm(self.first(x).mT).mT
         if self.training:
@@ -52,12 +58,13 @@ def made():
         if n % 2:
             param.grad = torch.randn_like(param)
     model.first.weight.register_hook(lambda grad: grad)
-    model.first.register_forward_hook(lambda *_: None)
-    model.last.register_full_backward_hook(lambda *_: None)
+    model.first.register_forward_hook(lambda *_: torch.ones(()) and None)
+    model.last.register_full_backward_hook(lambda *_: torch.ones(()) and None)
     return model
 
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+PARAM_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
 
 def state(model):
@@ -65,9 +72,10 @@ def state(model):
     modules = {}
     for path, module in model.named_modules():
         plain = {k: v for k, v in vars(module).items() if not isinstance(v, (dict, OrderedDict))}
-        modules[path] = type(module), plain, {h: dict(getattr(module, h)) for h in HOOKS}
+        hooks = {h: dict(getattr(module, h)) for h in HOOKS}
+        modules[path] = type(module), list(vars(module)), plain, hooks
     params = {
-        name: (id(p), p.requires_grad, id(p.grad), dict(p._backward_hooks or {}))
+        name: (id(p), p.requires_grad, id(p.grad), [dict(getattr(p, h) or {}) for h in PARAM_HOOKS])
         for name, p in model.named_parameters()
     }
     grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
@@ -76,6 +84,7 @@ def state(model):
     process = (
         hash(random.getstate()),
         hash(bytes(torch.get_rng_state().numpy())),
+        hash(np.random.get_state()[1].tobytes()),
         torch.is_grad_enabled(),
         torch.is_autocast_enabled("cpu"),
         list(warnings.filters),
@@ -187,6 +196,66 @@ def test_after_ctrl_c_in_a_backward_pass(at):
     assert_unchanged(model, before)
     again = estimate_fisher(model, batches(1), loss_fn=squared_error, progress=False)
     assert again["first.weight"].count_nonzero()
+
+
+class InterruptAt(TorchFunctionMode):
+    """Raises at the ``at``-th call of torch, wherever that is; 0: notes who calls.
+
+    Not while the model is being put back: from the end of the batches on.
+    """
+
+    def __init__(self, at, error=None):
+        super().__init__()
+        self.at, self.error, self.callers, self.done = at, error, [], False
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if not self.done:
+            self.callers.append(self.caller())
+            if len(self.callers) == self.at:
+                self.done = True
+                raise self.error
+        return func(*args, **(kwargs or {}))
+
+    def caller(self):
+        """The innermost line of the package or of this file: (file, line)."""
+        frame = sys._getframe(2)
+        while frame.f_code.co_name == "__torch_function__" or not (
+            frame.f_code.co_filename.startswith((PACKAGE, __file__))
+        ):
+            frame = frame.f_back
+        return frame.f_code.co_filename, frame.f_lineno
+
+    def watched(self, batches):
+        yield from batches
+        self.done = True
+
+
+PACKAGE = fishkern.__path__[0]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, Stop])
+def test_after_an_interrupt_at_any_line_that_calls_torch(error):
+    def run(mode):
+        torch.manual_seed(0)
+        model, data = made(), batches(2)
+        before = state(model)
+        try:
+            with mode:
+                estimate_fisher(model, mode.watched(data), loss_fn=squared_error, progress=False)
+        except error:
+            pass
+        assert mode.done
+        assert_unchanged(model, before)
+        return mode.callers
+
+    callers = run(InterruptAt(0))
+    first = {caller: at for at, caller in reversed(list(enumerate(callers, 1)))}
+    last = {caller: at for at, caller in enumerate(callers, 1)}
+    files = {Path(file).name for file, _ in first}
+    assert files >= {"scoring.py", "completion.py", "capture.py", "verification.py", "preserve.py"}
+    for caller in first:
+        for at in {first[caller], last[caller]}:
+            assert run(InterruptAt(at, error))[-1] == caller
 
 
 @pytest.mark.parametrize("name", ["bert-lora", "gpt2-lora", "llama-tied", "t5"])
