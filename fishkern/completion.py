@@ -238,8 +238,8 @@ class FisherAccumulator:
             return
         module = uses[0].site.module
         dims_in, dims_out = rule.input_dims(module), rule.output_dims(module)
-        x = torch.cat([self._samples_first(use, use.x, dims_in) for use in uses], 1)
-        grad_out = torch.cat([self._samples_first(use, use.grad_out, dims_out) for use in uses], 1)
+        x = _joined([self._samples_first(use, use.x, dims_in) for use in uses])
+        grad_out = _joined([self._samples_first(use, use.grad_out, dims_out) for use in uses])
         targets = {local[n][0]: self._target(n, x.device) for n in names}
         if self.by_sample is None:
             rule.fisher_(module, targets, x, grad_out)
@@ -269,6 +269,11 @@ class FisherAccumulator:
     def _target(self, name: str, device: torch.device) -> Tensor:
         scores = self.scores[name]
         return scores if scores.device == device else torch.zeros_like(scores, device=device)
+
+
+def _joined(uses: list[Tensor]) -> Tensor:
+    """All uses along the token axis; of a single one no copy is made."""
+    return uses[0] if len(uses) == 1 else torch.cat(uses, 1)
 
 
 def find_layout(
