@@ -12,7 +12,16 @@ from torch.utils.checkpoint import checkpoint
 
 from fishkern import estimate_fisher
 from tests.support.oracle import assert_exact, fisher_oracle, squared_error
-from tests.support.problems import PROBLEMS, gpt2, language, llama, lora, next_token_loss, opt
+from tests.support.problems import (
+    PROBLEMS,
+    TOKENS,
+    gpt2,
+    language,
+    llama,
+    lora,
+    next_token_loss,
+    opt,
+)
 from tests.support.tolerances import assert_scores_match
 
 pytestmark = [
@@ -144,23 +153,36 @@ def test_functional_dropout_is_the_identity_where_layers_stay_in_training_mode()
 # Narrow dtypes: the error may be twice that of one-sample autograd in the same dtype.
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["bert-lora", "gpt2", "llama-tied", "llama-untied"])
-def test_weights_in_bfloat16(name):
+def test_narrow_weights(name, dtype):
     problem = PROBLEMS[name]
-    model = problem.model().to(torch.bfloat16)
-    scores = assert_exact(model, [problem.batch(8)], problem.loss, dtype=torch.bfloat16)
+    model = problem.model().to(dtype)
+    scores = assert_exact(model, [problem.batch(8)], problem.loss, dtype=dtype)
     assert {score.dtype for score in scores.values()} == {torch.float32}
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["bert", "bert-lora", "gpt2", "llama-tied"])
-def test_autocast_in_bfloat16(name):
+def test_autocast(name, dtype):
     problem = PROBLEMS[name]
     model, batches = problem.model(), [problem.batch(5), problem.batch(3, 4)]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=dtype):
         scores = score(model, batches)
         rounded = fisher_oracle(model, batches, problem.loss, list(scores), torch.float32)
     truth = fisher_oracle(model, batches, problem.loss, list(scores))
     assert_scores_match(scores, truth, rounded)
+
+
+@pytest.mark.parametrize("verify", [0, 2])
+def test_autocast_in_float16_that_overflows(verify):
+    layers = nn.Sequential(nn.Linear(I, I), nn.Tanh(), nn.Linear(I, I))
+    batch = torch.randn(N, T, I), torch.full((N, T, I), 1e5)  # more than float16 has
+    with (
+        torch.autocast("cpu", dtype=torch.float16),
+        pytest.raises(RuntimeError, match=r"overflowed or are NaN: score in float32 or bfloat16"),
+    ):
+        score(layers, [batch], loss_fn=squared_error, verify=verify)
 
 
 def test_a_default_dtype_is_not_that_of_the_scores():
@@ -192,6 +214,18 @@ def test_a_model_in_float64():
     problem = PROBLEMS["gpt2"]
     scores = assert_exact(problem.model().double(), [problem.batch()], problem.loss)
     assert {score.dtype for score in scores.values()} == {torch.float32}
+
+
+# Inputs without a sample axis.
+
+
+@pytest.mark.parametrize("shape", [(TOKENS, TOKENS), (TOKENS - 1, TOKENS)])
+def test_a_relative_bias_where_there_are_as_many_samples_as_tokens(shape):
+    problem = PROBLEMS["t5"]  # the decoder has a token less than the encoder
+    scores = assert_exact(problem.model(), [problem.batch(*shape)], problem.loss)
+    biases = {name: route for name, route in scores.routes.items() if "relative" in name}
+    assert len(biases) == 2
+    assert "fused" not in biases.values()
 
 
 # Candidates.
