@@ -60,9 +60,19 @@ def scoring_mode(model: nn.Module, candidates: Iterable[nn.Parameter]) -> Iterat
     """Dropout off, norms in eval, ``.grad`` free for the candidates; all as before afterwards.
 
     transformers skips checkpointing in eval mode. Layers that checkpoint therefore stay in
-    training mode themselves (their submodules do not), with dropout made the identity.
+    training mode themselves (their submodules do not), with dropout made the identity. So do
+    bitsandbytes' 4-bit layers: in eval mode they pack their weights for good on some CPUs.
+
+    Raises:
+        RuntimeError: They did so before.
     """
     candidates = list(candidates)
+    for name, module in model.named_modules():
+        if _is_packed(module):
+            raise RuntimeError(
+                f"{name!r} was packed by bitsandbytes in a forward in eval mode, and no gradient "
+                f"passes through it any more: call model.state_dict(), which unpacks all layers"
+            )
     with ExitStack() as stack:
         stack.enter_context(random_state())
         stack.enter_context(restored_attributes(model))
@@ -72,13 +82,20 @@ def scoring_mode(model: nn.Module, candidates: Iterable[nn.Parameter]) -> Iterat
         stack.enter_context(hooks_aside(candidates))
         for param in candidates:
             param.grad = None
-        checkpointing = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
         for module in model.modules():
-            module.training = False
-        for module in checkpointing:
-            module.training = True
+            checkpoints = getattr(module, "gradient_checkpointing", False)
+            module.training = bool(checkpoints) or _packs_in_eval(module)
         stack.enter_context(NoDropout())  # functional dropout is on by default
         yield
+
+
+def _packs_in_eval(module: nn.Module) -> bool:
+    return hasattr(module, "support_avx512bf16_for_cpu")  # bitsandbytes' 4-bit layers
+
+
+def _is_packed(module: nn.Module) -> bool:
+    state = getattr(module._parameters.get("weight"), "quant_state", None)
+    return bool(getattr(state, "packing_format_for_cpu", False))
 
 
 Restore = Callable[[], Any]
