@@ -352,3 +352,19 @@ def test_progress_is_shown(capsys, way):
     assert "IRD: 100%" in shown
     assert f"{SAMPLES}/{SAMPLES}" in shown  # the first pass
     assert (f"{SAMPLES + 15}/{SAMPLES + 15}" in shown) == (not way["cache_bytes"])  # the second
+
+
+def test_texts_are_cut_like_tensors():
+    """Lists of strings, and the tuples that a DataLoader makes of them."""
+    model, (batch,) = Net(), batches((SAMPLES,))
+    ids = {str(n): row for n, row in enumerate(batch[0])}
+
+    def loss_fn(model, batch):
+        texts, y = batch
+        return squared_error(model, (torch.stack([ids[text] for text in texts]), y))
+
+    options = {"density": 0.1, "num_samples": 6, "rounds": 3, "progress": False, "cache_bytes": 0}
+    for kind in (list, tuple):
+        samples = [(kind(ids), batch[1])]
+        result = select_ird(model, samples, loss_fn=loss_fn, **options)
+        assert torch.equal(result.samples, ird(model, [batch]).samples)
