@@ -71,11 +71,10 @@ def expected_terms(logits: Tensor) -> Tensor:
     """
     if logits.dim() == 1:
         return logits[None]
-    logits = logits.masked_fill(logits.isneginf(), torch.finfo(logits.dtype).min)
     p = logits.detach().softmax(1)
     rest = _tail_sums(p)[:, 1:]
     weight = (p[:, :-1] * rest / (p[:, :-1] + rest).clamp(min=_tiny(p))).sqrt()
-    # A class of probability zero has no part in the mean either, however low its logit.
+    # A class of probability zero has no part in it, also where its logit is -inf.
     weighted = (p * logits).masked_fill(p == 0, 0.0)
     mean = _tail_sums(weighted)[:, 1:] / rest.clamp(min=_tiny(p))
     terms = weight * (logits[:, :-1] - mean)

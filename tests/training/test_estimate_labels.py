@@ -6,6 +6,7 @@ import torch.nn.functional as F
 import transformers
 from torch import multiprocessing as mp
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from fishkern import FisherDiagonal, estimate_fisher, losses
 from fishkern.labels import Draws, expected_terms
@@ -154,6 +155,24 @@ def test_a_module_that_is_called_twice():
     assert set(scores.routes.values()) == {"fused"}
     with_labels = {**batch, "labels": torch.zeros(5)}
     assert_scores_match(scores, expected_oracle(model, [with_labels], list(scores)))
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_a_module_in_two_checkpointed_segments(reentrant):
+    class Twice(Scores):
+        def segment(self, x):
+            if reentrant is None:
+                return self.layer(x)
+            return checkpoint(self.layer, x, use_reentrant=reentrant)
+
+        def forward(self, x):
+            return Output(self.segment(torch.tanh(self.segment(x.requires_grad_()))))
+
+    model, batch = Twice(4, 4), {"x": torch.randn(5, 4), "labels": torch.randint(4, (5,))}
+    scores = score(model, [batch], "expected")
+    reentrant = None
+    assert_scores_match(scores, expected_oracle(model, [batch], list(scores)))
+    assert set(scores.routes.values()) == {"fused"}
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -330,6 +349,28 @@ def test_the_draws_follow_the_models_distribution():
     values = Draws(seeded(0)).values(torch.full((20000,), 3.0))
     assert abs(values.mean() - 3) < 5 / 20000**0.5
     assert abs(values.var() - 1) < 5 * (2 / 20000) ** 0.5
+
+
+class PointsForTokenClassification(nn.Module):
+    """The logits at position t say class t, beyond doubt."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((), 100.0))
+
+    def forward(self, x):
+        return Output(self.scale * torch.eye(x.shape[1]).repeat(len(x), 1, 1))
+
+
+class PointsForCausalLM(PointsForTokenClassification):
+    pass
+
+
+@pytest.mark.parametrize("model", [PointsForTokenClassification, PointsForCausalLM])
+def test_a_token_is_drawn_where_it_is_predicted(model, drawn):
+    score(model(), [{"x": torch.zeros(3, 5)}], "sampled")
+    where = [-100, 0, 1, 2, 3] if model is PointsForCausalLM else [0, 1, 2, 3, 4]
+    assert drawn[0].tolist() == [where] * 3
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama-untied"])
