@@ -145,10 +145,12 @@ def test_backends(backend_name):
         assert_scores_match(score(model, [{"x": x}], "expected"), softmax_fisher(model, x))
 
 
-def test_a_module_that_is_called_twice():
+@pytest.mark.parametrize("detached", [False, True])
+def test_a_module_that_is_called_twice(detached):
     class Twice(Scores):
         def forward(self, x):
-            return Output(self.layer(torch.tanh(self.layer(x))))
+            once = torch.tanh(self.layer(x))
+            return Output(self.layer(once.detach() if detached else once))
 
     model, batch = Twice(4, 4), {"x": torch.randn(5, 4)}
     scores = score(model, [batch], "expected")
