@@ -229,17 +229,18 @@ class FisherAccumulator:
     def _accumulate(self, names: list[str]) -> None:
         """Join the uses of parameters that are used together, square, add."""
         uses = self.uses[names[0]]
-        rule = uses[0].site.rule
+        rule, module = uses[0].site.rule, uses[0].site.module
         local = {n: [_local_name(use.site, n) for use in uses] for n in names}
-        if any(use.site.rule is not rule for use in uses) or any(
-            len(set(v)) > 1 for v in local.values()
-        ):
+        if any(len(set(v)) > 1 for v in local.values()) or not _same_layer(uses):
             self.strays.update(names)  # tied between layers of different kinds
             return
-        module = uses[0].site.module
         dims_in, dims_out = rule.input_dims(module), rule.output_dims(module)
-        x = _joined([self._samples_first(use, use.x, dims_in) for use in uses])
-        grad_out = _joined([self._samples_first(use, use.grad_out, dims_out) for use in uses])
+        xs = [self._samples_first(use, use.x, dims_in) for use in uses]
+        grads = [self._samples_first(use, use.grad_out, dims_out) for use in uses]
+        if any(len({tensor.shape[2:] for tensor in each}) > 1 for each in (xs, grads)):
+            self.strays.update(names)  # images of several sizes through one convolution
+            return
+        x, grad_out = _joined(xs), _joined(grads)
         targets = {local[n][0]: self._target(n, x.device) for n in names}
         if self.by_sample is None:
             rule.fisher_(module, targets, x, grad_out)
@@ -253,11 +254,11 @@ class FisherAccumulator:
             self.done.add(name)
             del self.uses[name]
 
-    def _samples_first(self, use: _Use, tensor: Tensor, feature_dims: int) -> Tensor:
+    def _samples_first(self, use: _Use, tensor: Tensor, feature_dims: int | None) -> Tensor:
         """``[N, T, *features]``."""
         layout = self.by_shape[use.site, tuple(use.x.shape)]
         assert layout is not None
-        lead = tensor.dim() - feature_dims
+        lead = 1 if feature_dims is None else tensor.dim() - feature_dims
         if lead == 0:  # a single vector is a single token
             tensor, lead = tensor.unsqueeze(0), 1
         if layout.flattened:
@@ -271,16 +272,29 @@ class FisherAccumulator:
         return scores if scores.device == device else torch.zeros_like(scores, device=device)
 
 
+def _same_layer(uses: Sequence[_Use]) -> bool:
+    """Whether the modules of all uses compute the same."""
+    rule, settings = uses[0].site.rule, uses[0].site.rule.settings(uses[0].site.module)
+    return all(
+        use.site.rule is rule and rule.settings(use.site.module) == settings for use in uses[1:]
+    )
+
+
 def _joined(uses: list[Tensor]) -> Tensor:
     """All uses along the token axis; of a single one no copy is made."""
     return uses[0] if len(uses) == 1 else torch.cat(uses, 1)
 
 
 def find_layout(
-    one: Shape, many: Shape, num_samples: int, feature_dims: int, token_counts: Mapping[Place, int]
+    one: Shape,
+    many: Shape,
+    num_samples: int,
+    feature_dims: int | None,
+    token_counts: Mapping[Place, int],
 ) -> Layout | None:
     """The one axis that is N times as long for N samples as for one; None if there is none."""
-    if len(one) != len(many) or one[len(one) - feature_dims :] != many[len(many) - feature_dims :]:
+    lead = 1 if feature_dims is None else len(one) - feature_dims
+    if len(one) != len(many) or one[lead:] != many[lead:]:
         return None
     grown = [axis for axis in range(len(one)) if one[axis] != many[axis]]
     if len(grown) != 1 or many[grown[0]] != num_samples * one[grown[0]]:

@@ -4,7 +4,7 @@
 Who consumes them - Fisher accumulation, the selected gradient - is not known here.
 """
 
-from fishkern.interception import embedding, linear, norm  # register their rules
+from fishkern.interception import conv, embedding, linear, norm  # register their rules
 from fishkern.interception.capture import (
     Site,
     exchange_class,
@@ -24,6 +24,7 @@ from fishkern.interception.rules import (
 __all__ = [
     "Rule",
     "Site",
+    "conv",
     "embedding",
     "exchange_class",
     "intercepted",

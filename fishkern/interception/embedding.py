@@ -26,6 +26,10 @@ class EmbeddingRule(Rule):
         """Ids have no features."""
         return 0
 
+    def settings(self, module: nn.Module) -> object:
+        """The id that gets no gradient."""
+        return _embedding(module).padding_idx
+
     def param_grad(self, module: nn.Module, name: str, x: Tensor, grad_out: Tensor) -> Tensor:
         """The gradients of each id's occurrences, added up in its row."""
         embedding = _embedding(module)

@@ -15,6 +15,10 @@ class LinearRule(Rule):
 
     autocasts = True
 
+    def settings(self, module: nn.Module) -> object:
+        """There are none."""
+        return None
+
     def reads_input(self, names: Iterable[str]) -> bool:
         """For the weight alone."""
         return "weight" in names
@@ -60,6 +64,10 @@ class Conv1DRule(Rule):
     """``y = x W + b`` with W ``[I, O]``, as in GPT-2."""
 
     autocasts = True
+
+    def settings(self, module: nn.Module) -> object:
+        """There are none."""
+        return None
 
     def reads_input(self, names: Iterable[str]) -> bool:
         """For the weight alone."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,20 +21,28 @@ class ScaleRule(Rule):
         """What the weight is multiplied with, of x's shape and dtype."""
         raise NotImplementedError(f"{type(self).__name__} has no x_hat")
 
-    def input_dims(self, module: nn.Module) -> int:
+    def input_dims(self, module: nn.Module) -> int | None:
         """Those of the weight."""
         weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
         param = bias if weight is None else weight
         return 1 if param is None else param.dim()
 
-    def output_dims(self, module: nn.Module) -> int:
+    def output_dims(self, module: nn.Module) -> int | None:
         """The same."""
         return self.input_dims(module)
 
+    def rows(self, tensor: Tensor) -> Tensor:
+        """``[N, T, *features]`` as ``[N, *, entries of the weight]``."""
+        return tensor.flatten(2)
+
     def sample_grads(self, module: nn.Module, x: Tensor, grad_out: Tensor) -> dict[str, Tensor]:
         """``sum_t grad_out x_hat`` and ``sum_t grad_out``."""
-        x_hat = self.x_hat(module, x.to(grad_out.dtype))
-        return {"weight": (grad_out * x_hat).sum(1), "bias": grad_out.sum(1)}
+        terms = {"weight": grad_out * self.x_hat(module, x.to(grad_out.dtype)), "bias": grad_out}
+        return {
+            name: self.rows(term).flatten(1, -2).sum(1).unflatten(1, param.shape)
+            for name, term in terms.items()
+            if (param := module._parameters.get(name)) is not None
+        }
 
     def fisher_(
         self,
@@ -49,7 +58,7 @@ class ScaleRule(Rule):
         x_hat = None
         if "weight" in fishers:
             wide = torch.promote_types(x.dtype, torch.float32)
-            x_hat = self.x_hat(module, x.to(wide)).flatten(2)
+            x_hat = self.rows(self.x_hat(module, x.to(wide)))
         weight, bias = (
             None if (fisher := fishers.get(name)) is None else fisher.view(-1)
             for name in ("weight", "bias")
@@ -62,7 +71,7 @@ class ScaleRule(Rule):
             weight,
             bias,
             x_hat,
-            grad_out.flatten(2),
+            self.rows(grad_out),
             sample_scores=sample_scores,
             weight_mask=weight_mask,
             bias_mask=bias_mask,
@@ -90,6 +99,51 @@ class LayerNormRule(ScaleRule):
             grad_out, x, shape, mean, rstd, weight, bias, [True, False, False]
         )[0]
         return grad
+
+
+class GroupNormRule(ScaleRule):
+    """``y[:, c] = x_hat[:, c] w[c] + b[c]`` of ``[N, C, *S]``, x_hat normalised group by group."""
+
+    def num_groups(self, module: nn.Module) -> int:
+        """Into how many groups the channels are split."""
+        assert isinstance(module, nn.GroupNorm)
+        return module.num_groups
+
+    def x_hat(self, module: nn.Module, x: Tensor) -> Tensor:
+        """The layer's output for a weight of ones and a bias of zeros."""
+        eps: Any = module.eps
+        return F.group_norm(x.flatten(0, 1), self.num_groups(module), eps=eps).view_as(x)
+
+    def input_dims(self, module: nn.Module) -> int | None:
+        """All but the samples: the channels, and positions of any number of dimensions."""
+        return None
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        """The weight has an entry by channel: positions are summed like tokens."""
+        return tensor.movedim(2, -1)
+
+
+class InstanceNormRule(GroupNormRule):
+    """The same with a group for each channel."""
+
+    dims: ClassVar[dict[type[nn.Module], int]] = {
+        nn.InstanceNorm1d: 2,
+        nn.InstanceNorm2d: 3,
+        nn.InstanceNorm3d: 4,
+    }
+
+    def covers(self, module: nn.Module) -> bool:
+        """Not with running averages: they take the place of the sample's own in evaluation."""
+        return not module.track_running_stats
+
+    def num_groups(self, module: nn.Module) -> int:
+        """One for each channel."""
+        groups: Any = module.num_features
+        return int(groups)
+
+    def input_dims(self, module: nn.Module) -> int:
+        """Channels and positions: an input without samples is possible here."""
+        return self.dims[original_class(module)]
 
 
 class TriedNormRule(ScaleRule):
@@ -180,5 +234,8 @@ def _layer_norm(module: nn.Module) -> nn.LayerNorm:
 
 
 register_rule(nn.LayerNorm, LayerNormRule())
+register_rule(nn.GroupNorm, GroupNormRule())
+for _type in InstanceNormRule.dims:
+    register_rule(_type, InstanceNormRule())
 for _pattern in ("*RMSNorm*", "*LayerNorm*"):
     register_rule(_pattern, TriedNormRule())

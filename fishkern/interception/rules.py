@@ -62,13 +62,24 @@ class Rule:
         """Whether x, not only its shape, is needed for these parameters or for the input."""
         return True
 
-    def input_dims(self, module: nn.Module) -> int:
-        """How many trailing dimensions of x are features: not samples, not tokens."""
+    def input_dims(self, module: nn.Module) -> int | None:
+        """How many trailing dimensions of x are features: not samples, not tokens.
+
+        None: all but the first, however many there are.
+        """
         return 1
 
-    def output_dims(self, module: nn.Module) -> int:
+    def output_dims(self, module: nn.Module) -> int | None:
         """The same of the output."""
         return 1
+
+    def settings(self, module: nn.Module) -> object:
+        """What the gradients depend on besides x and grad_out.
+
+        Uses of a tied parameter by several modules are joined if it is equal; by default it is the
+        module itself.
+        """
+        return module
 
     def sample_grads(self, module: nn.Module, x: Tensor, grad_out: Tensor) -> dict[str, Tensor]:
         """Each sample's own gradients.
@@ -179,9 +190,10 @@ def sum_by_sample(squares: Tensor, mask: Tensor | None) -> Tensor:
     return squares.flatten(1).sum(1)
 
 
-def _one_sample(tensor: Tensor, feature_dims: int) -> Tensor:
+def _one_sample(tensor: Tensor, feature_dims: int | None) -> Tensor:
     """All samples and tokens as the tokens of one sample."""
-    return tensor.reshape(1, -1, *tensor.shape[tensor.dim() - feature_dims :])
+    lead = 1 if feature_dims is None else tensor.dim() - feature_dims
+    return tensor.reshape(1, -1, *tensor.shape[lead:])
 
 
 def _qualified_name(module_type: type) -> str:
