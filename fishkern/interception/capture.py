@@ -103,7 +103,8 @@ def exchange_class(module: nn.Module, members: Members) -> None:
 def subclass(cls: type, members: Members) -> type[nn.Module]:
     """A subclass that passes for the class itself; the same one for the same members."""
     same = {key: getattr(cls, key) for key in ("__module__", "__qualname__", "__doc__")}
-    return type(cls.__name__, (cls,), {**same, "_fishkern_original": cls, **members(cls)})
+    original = getattr(cls, "_fishkern_original", cls)
+    return type(cls.__name__, (cls,), {**same, "_fishkern_original": original, **members(cls)})
 
 
 def _forward_members(cls: type[nn.Module]) -> dict[str, Any]:

@@ -1,0 +1,354 @@
+"""Parameters that a module multiplies, adds or concatenates with activations, in its own forward.
+
+No rule can know such a module (IA3's and VeRA's vectors, DoRA's magnitude, layer scale, position
+embeddings, class tokens). But whatever is done with the parameter, its gradient arrives where it
+meets the activations, and there it still has their shape, samples and all. So whoever reads the
+parameter gets a ``Tracked``: a tensor that notes what is made of the parameter alone (views, casts,
+arithmetic with constants), ``value = f(p)``, and that, where it meets an activation, is put in
+expanded to the activation's shape. The operation is the ordinary one, whichever it is; the gradient
+at what was put in is summed over the tokens, sample by sample, pulled back through f, and handed to
+a consumer. The parameter itself gets None, as it does from modules with a rule.
+
+Where a tracked tensor goes into any other function (a matrix product, say), it is put in with its
+own shape, in which no axis grows with the number of samples: the consumer sees that, and leaves the
+parameter to another route. Where it goes unseen into foreign code, the gradient takes its ordinary
+way to the parameter, whose tensor hook tells.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+
+from fishkern.interception.capture import Site, subclass
+from fishkern.interception.rules import Rule
+
+#: Called in the backward pass with (use, grad_out).
+UseConsumer = Callable[["Use", Tensor], None]
+
+#: Functions that broadcast their tensors against each other, and in which no entry meets another.
+POINTWISE = {
+    *("add", "sub", "subtract", "rsub", "mul", "multiply", "div", "divide", "rdiv", "true_divide"),
+    *("pow", "rpow", "float_power", "maximum", "minimum", "hypot", "atan2", "lerp"),
+    *("addcmul", "addcdiv", "where", "masked_fill", "copy"),
+}
+#: Functions that repeat their tensor along axes of length 1.
+EXPANDING = {"expand", "expand_as", "broadcast_to", "repeat"}
+#: Attributes that a gradient leads through; all others are read off the tensor.
+TRANSPOSED = {"T", "mT", "H", "mH"}
+#: Functions of values alone.
+DETACHING = {"detach", "detach_", "requires_grad_"}
+
+
+class ElementwiseRule(Rule):
+    """What the ``Site`` of such a parameter says of it: any axis may be the samples'."""
+
+    params = ()
+
+    def input_dims(self, module: nn.Module) -> int:
+        """None is known to be a feature's."""
+        return 0
+
+
+RULE = ElementwiseRule()
+
+
+class Use:
+    """One place where ``value = f(parameters)`` is put in among activations.
+
+    ``sites``: the parameters', one for each time that f read one. ``shape``: that in which it was
+    put in, to which ``value`` broadcasts.
+    """
+
+    def __init__(self, tracked: Tracked, shape: torch.Size) -> None:
+        self.value, self.shape = tracked.value, shape
+        self.aliases, self.sites = tuple(tracked.sources), tuple(tracked.sources.values())
+
+    def repeats(self, *axes: int) -> bool:
+        """Whether ``value`` has no entries of its own along these axes of ``shape``."""
+        return set(axes) <= set(self._repeated())
+
+    def _repeated(self) -> list[int]:
+        more = len(self.shape) - self.value.dim()
+        return [i for i in range(len(self.shape)) if i < more or self.value.shape[i - more] == 1]
+
+    def sample_grads(self, grad_out: Tensor) -> list[Tensor]:
+        """Each sample's gradients of the parameters, in the order of ``sites``.
+
+        Args:
+            grad_out: ``[N, *shape]``: each sample's gradient at what was put in. Where ``shape``
+                had the samples, it has what is one sample's alone (its tokens, or a single entry).
+
+        Returns:
+            ``[N, *param.shape]`` each, in float32 at least.
+        """
+        size, wide = len(grad_out), torch.promote_types(grad_out.dtype, torch.float32)
+        if repeated := self._repeated():
+            grad_out = grad_out.sum([1 + axis for axis in repeated], dtype=wide)
+        grad, value = grad_out.to(wide).reshape(size, *self.value.shape), self.value
+        if len(self.aliases) == 1 and _same_entries(value, self.aliases[0]):
+            return [grad.reshape(size, *self.aliases[0].shape)]
+        grads = torch.autograd.grad(
+            value, self.aliases, grad.to(value.dtype), retain_graph=True, is_grads_batched=True
+        )
+        return [g.to(wide) for g in grads]
+
+
+def _same_entries(value: Tensor, alias: Tensor) -> bool:
+    """Whether value is the parameter's own memory, entry by entry in its order."""
+    return (
+        value.numel() == alias.numel()
+        and value.data_ptr() == alias.data_ptr()
+        and value.dtype == alias.dtype
+        and value.is_contiguous()
+        and alias.is_contiguous()
+    )
+
+
+class _PutIn(torch.autograd.Function):
+    """``value`` in the use's shape; inputs: the use, and the parameters, which get None."""
+
+    @staticmethod
+    def forward(ctx: Any, use: Use, consume: UseConsumer, *params: Tensor) -> Tensor:
+        ctx.use, ctx.consume, ctx.num_params = use, consume, len(params)
+        ctx.set_materialize_grads(False)
+        return use.value.detach().expand(use.shape)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_out: Tensor | None) -> tuple[None, ...]:
+        if grad_out is not None:
+            with torch.autocast(grad_out.device.type, enabled=False):
+                ctx.consume(ctx.use, grad_out)
+        return (None, None, *(None,) * ctx.num_params)
+
+
+class Tracked(Tensor):
+    """A parameter, or what was made of parameters alone.
+
+    To code that does not ask for its kind it is an ordinary part of the parameter's graph.
+    """
+
+    value: Tensor  # the plain tensor; its graph ends in the aliases
+    sources: dict[Tensor, Site]  # the aliases in value's graph, and the parameters' sites
+    consume: UseConsumer
+    settled: Tensor | None  # what was put in, once it met a function of another kind
+
+    @staticmethod
+    def make(value: Tensor, sources: dict[Tensor, Site], consume: UseConsumer) -> Tracked:
+        """Track a plain tensor."""
+        tracked = value.as_subclass(Tracked)
+        tracked.value, tracked.sources, tracked.consume = value, sources, consume
+        tracked.settled = None
+        return tracked
+
+    def use(self, shape: torch.Size) -> Tensor:
+        """What is put in among tensors that broadcast to ``shape``."""
+        seen = self.value.detach().expand(shape)
+        sites = dict.fromkeys(self.sources.values())
+        for site in sites:
+            if site.called is not None:
+                site.called(site, seen)
+        if not torch.is_grad_enabled():
+            return seen
+        params = [site.module._parameters[name] for site in sites for name in site.names]
+        y: Tensor = _PutIn.apply(Use(self, shape), self.consume, *params)  # type: ignore[no-untyped-call]
+        return y
+
+    def settle(self) -> Tensor:
+        """What is put in in its own shape, once and for all."""
+        if self.settled is None:
+            self.settled = self.use(self.value.shape)
+        return self.settled
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Follow what is made of parameters alone; put it in among all else."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return _Call(func, args, kwargs or {}).result()
+
+
+class _Call:
+    """A call of a function with at least one tracked tensor."""
+
+    def __init__(self, func: Any, args: Any, kwargs: Any) -> None:
+        self.func, name = func, getattr(func, "__name__", "")
+        self.reads = name == "__get__"  # of an attribute
+        name = func.__self__.__name__ if self.reads else name
+        self.in_place = name == "__setitem__" or (name.endswith("_") and name[-2:] != "__")
+        self.name = name.strip("_")
+        leaves, self.spec = tree_flatten((args, kwargs))
+        self.leaves = [_current(leaf) for leaf in leaves]
+        self.tracked = [leaf for leaf in self.leaves if isinstance(leaf, Tracked)]
+        self.others = [
+            leaf
+            for leaf in self.leaves
+            if isinstance(leaf, Tensor) and not isinstance(leaf, Tracked)
+        ]
+
+    def result(self) -> Any:
+        """What the function returns, with tracked tensors followed or put in."""
+        if not self.tracked or self.reads_off():
+            return self.run(_value)
+        if self.in_place and self.leaves[0] is self.tracked[0]:
+            return self.changed()
+        if self.name in EXPANDING and self.leaves[0] is self.tracked[0]:
+            return self.expanded()
+        pointwise = self.name in POINTWISE
+        if not self.others and (pointwise or len(self.tracked) == 1):
+            return self.followed()
+        if pointwise and self.is_constant() and not self.in_place:
+            return self.followed()
+        if pointwise:
+            shape = self.shape()
+            return self.run(lambda tracked: tracked.use(shape))
+        return self.run(Tracked.settle)
+
+    def run(self, replace: Callable[[Tracked], Tensor]) -> Any:
+        """Call the function with plain tensors."""
+        leaves = [replace(leaf) if isinstance(leaf, Tracked) else leaf for leaf in self.leaves]
+        args, kwargs = tree_unflatten(leaves, self.spec)
+        return self.func(*args, **kwargs)
+
+    def shape(self) -> torch.Size:
+        """That of the result of a pointwise function."""
+        shapes = [tensor.shape for tensor in (*self.tracked, *self.others)]
+        return torch.broadcast_shapes(*shapes)  # type: ignore[no-any-return]
+
+    def reads_off(self) -> bool:
+        """Whether no gradient leads through the function."""
+        return self.name not in TRANSPOSED if self.reads else self.name in DETACHING
+
+    def is_constant(self) -> bool:
+        """Whether the other tensors are no activations: they add no axis and need no gradient.
+
+        Activations of a single sample may pass for a constant, and are then a part of what is made
+        of the parameter: of one sample any such part has the right gradient.
+        """
+        return (
+            self.name in POINTWISE
+            and not any(other.requires_grad for other in self.others)
+            and self.shape().numel() == max(tracked.value.numel() for tracked in self.tracked)
+        )
+
+    def followed(self) -> Any:
+        """The result, tracked where a gradient leads through it."""
+        # Checkpointing lets nobody unpack twice what was saved, as two uses of the result would.
+        with saved_tensors_hooks(_itself, _itself):
+            result = self.run(_value)
+        return tree_map_only(Tensor, self.track, result)
+
+    def track(self, result: Tensor) -> Tensor:
+        """The result is made of all that the tracked tensors are made of."""
+        if not result.is_floating_point() or (torch.is_grad_enabled() and not result.requires_grad):
+            return result
+        return Tracked.make(result, self.sources(), self.tracked[0].consume)
+
+    def sources(self) -> dict[Tensor, Site]:
+        """Of all tracked tensors."""
+        return {alias: site for t in self.tracked for alias, site in t.sources.items()}
+
+    def changed(self) -> Tensor:
+        """A tracked tensor changed in place."""
+        tracked: Tracked = self.leaves[0]
+        follow = not self.others or self.is_constant()
+        with saved_tensors_hooks(_itself, _itself):
+            self.run(_value)
+        if not follow:  # activations came in: from here on its gradient goes the ordinary way
+            tracked.settled = tracked.value
+            return tracked.value
+        tracked.sources = self.sources()
+        return tracked
+
+    def expanded(self) -> Any:
+        """Repetition along axes of length 1 is a use: they may become the samples'."""
+        tracked: Tracked = self.leaves[0]
+        result = self.run(_value)
+        if result.numel() == tracked.value.numel() or not _broadcasts(tracked.value, result):
+            return self.followed()
+        put_in = tracked.use(result.shape)
+        return put_in.clone() if self.name == "repeat" else put_in
+
+
+def _current(leaf: Any) -> Any:
+    """A tracked tensor only where it is still to be followed."""
+    if not isinstance(leaf, Tracked):
+        return leaf
+    if torch.is_grad_enabled() and leaf.value.grad_fn is None:
+        # Made where no gradient is recorded: a constant, or what an autograd function returned,
+        # whose gradient goes the ordinary way.
+        return leaf.as_subclass(Tensor)
+    return leaf if leaf.settled is None else leaf.settled
+
+
+def _value(tracked: Tracked) -> Tensor:
+    return tracked.value
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _broadcasts(small: Tensor, large: Tensor) -> bool:
+    own = large.shape[large.dim() - small.dim() :]
+    return all(a in (1, b) for a, b in zip(small.shape, own, strict=True))
+
+
+def settled(tensor: Any) -> Any:
+    """For functions that take no notice of the kinds of their tensors: a plain one."""
+    return tensor.settle() if isinstance(tensor, Tracked) else tensor
+
+
+@contextmanager
+def tracked(sites: Iterable[Site], consume: UseConsumer) -> Iterator[None]:
+    """Whoever reads the sites' parameters gets tracked ones; afterwards all is as before.
+
+    Args:
+        sites: One for each parameter: its module, ``RULE`` and its name. ``called`` is given each
+            use's shape.
+        consume: Gets each use and the gradient there.
+    """
+    owners: dict[nn.Module, dict[str, Site]] = {}
+    for site in sites:
+        owners.setdefault(site.module, {}).update(dict.fromkeys(site.names, site))
+    before = {module: type(module) for module in owners}
+    try:
+        for module, own in owners.items():
+            module.__dict__[_SITES] = (own, consume)
+            cls: Any = type(module)
+            module.__class__ = subclass(cls, _reading(tuple(own)))
+        yield
+    finally:
+        for module, cls in before.items():
+            module.__class__ = cls
+            module.__dict__.pop(_SITES, None)
+
+
+_SITES = "_fishkern_elementwise"
+
+
+@functools.cache
+def _reading(names: tuple[str, ...]) -> Callable[[type[nn.Module]], dict[str, Any]]:
+    """The members of a class whose parameters ``names`` are read as tracked ones."""
+
+    def members(cls: type[nn.Module]) -> dict[str, Any]:
+        return {name: property(functools.partial(_read, name)) for name in names}
+
+    return members
+
+
+def _read(name: str, owner: nn.Module) -> Tensor:
+    sites, consume = owner.__dict__[_SITES]
+    param = owner._parameters[name]
+    assert param is not None
+    alias = param.view_as(param)
+    tracked = Tracked.make(alias, {alias: sites[name]}, consume)
+    tracked._is_param = True  # isinstance(tracked, nn.Parameter) holds
+    return tracked
