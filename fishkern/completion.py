@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fishkern.interception import Site
+from fishkern.packing import Packing
 from fishkern.sample_scores import SampleScores
 
 Shape = tuple[int, ...]
@@ -30,6 +31,9 @@ Place = tuple[int, int]
 
 class Layout(NamedTuple):
     """Where a module's input has its samples: an axis of length N, or N * T, sample by sample.
+
+    In packed batches it has them at the front, in ``[B, T]``, which is trusted if a sample alone
+    brings ``[1, its length]`` there.
 
     The shape alone cannot tell N * T from a list of tokens gathered from all samples (padding
     left out, tokens routed to an expert), so N * T is trusted only
@@ -70,6 +74,7 @@ class FisherAccumulator:
     def _begin(self) -> None:
         self.num_samples = 0
         self.broadcast: int | None = None
+        self.packing: Packing | None = None
         self.expanded = False
         self.in_forward = True
         self.calls: dict[Site, list[Shape]] = {}
@@ -82,14 +87,17 @@ class FisherAccumulator:
         self.spoiled: set[str] = set()
 
     @contextmanager
-    def batch(self, names: Sequence[str], broadcast: int | None = None) -> Iterator[None]:
+    def batch(
+        self, names: Sequence[str], broadcast: int | None = None, packing: Packing | None = None
+    ) -> Iterator[None]:
         """One forward and its backwards; hooks on the parameters ``names`` report completion.
 
         ``broadcast``: the number of samples to which inputs that stand for all of them are
-        expanded, so that the gradient at the output comes sample by sample.
+        expanded, so that the gradient at the output comes sample by sample. ``packing``: how the
+        batch's samples are packed, if they are.
         """
         self._begin()
-        self.broadcast = broadcast
+        self.broadcast, self.packing = broadcast, packing
         self.strays = set(self.params).difference(names)  # scored elsewhere: nothing is held
         with ExitStack() as stack:
             stack.callback(self.uses.clear)
@@ -141,6 +149,9 @@ class FisherAccumulator:
             token_counts: How many tokens a sample of this batch can have, by place.
         """
         self.in_forward, self.num_samples = False, num_samples
+        if self.packing is not None and num_samples > 1:
+            self._find_packed(self.packing, first)
+            return
         if first is not None:
             self._find_layouts(first, token_counts)
         doubtful = {
@@ -169,6 +180,22 @@ class FisherAccumulator:
                 elif layout is not None and not layout_fits(layout, shape, num_samples):
                     layout = None
                 if self.by_shape.setdefault((site, shape), layout) != layout:
+                    self.by_shape[site, shape] = None
+
+    def _find_packed(self, packing: Packing, first: Mapping[Site, list[Shape]] | None) -> None:
+        layout = Layout(0, flattened=False)
+        for site, shapes in self.calls.items():
+            dims = site.rule.input_dims(site.module)
+            if first is not None:
+                self.layouts[site] = [
+                    layout if packing.is_first(one) and one[2:] == shape[2:] else None
+                    for one, shape in zip(first.get(site, []), shapes, strict=False)
+                ]
+            known = self.layouts.get(site, [])
+            for call, shape in enumerate(shapes):
+                fits = dims is not None and packing.fits(shape[: len(shape) - dims])
+                found = known[call] if fits and len(known) == len(shapes) else None
+                if self.by_shape.setdefault((site, shape), found) != found:
                     self.by_shape[site, shape] = None
 
     def _find_layouts(
@@ -236,7 +263,7 @@ class FisherAccumulator:
             return
         dims_in, dims_out = rule.input_dims(module), rule.output_dims(module)
         xs = [self._samples_first(use, use.x, dims_in) for use in uses]
-        grads = [self._samples_first(use, use.grad_out, dims_out) for use in uses]
+        grads = [self._samples_first(use, use.grad_out, dims_out, fill=0.0) for use in uses]
         if any(len({tensor.shape[2:] for tensor in each}) > 1 for each in (xs, grads)):
             self.strays.update(names)  # images of several sizes through one convolution
             return
@@ -254,13 +281,17 @@ class FisherAccumulator:
             self.done.add(name)
             del self.uses[name]
 
-    def _samples_first(self, use: _Use, tensor: Tensor, feature_dims: int | None) -> Tensor:
-        """``[N, T, *features]``."""
+    def _samples_first(
+        self, use: _Use, tensor: Tensor, feature_dims: int | None, fill: float | None = None
+    ) -> Tensor:
+        """``[N, T, *features]``; ``fill``: what shorter ones of packed samples end with."""
         layout = self.by_shape[use.site, tuple(use.x.shape)]
         assert layout is not None
         lead = 1 if feature_dims is None else tensor.dim() - feature_dims
         if lead == 0:  # a single vector is a single token
             tensor, lead = tensor.unsqueeze(0), 1
+        if self.packing is not None and self.num_samples > 1:
+            return self.packing.by_sample(tensor, fill).flatten(1, lead - 1)
         if layout.flattened:
             tensor = tensor.unflatten(layout.axis, (self.num_samples, -1))
             lead += 1

@@ -58,7 +58,9 @@ def estimate_fisher(
     Args:
         model: Any module; DDP's and ``torch.compile``'s wrappers are looked through.
         batches: Iterated once. Mappings with the samples in dimension 0 of each tensor, given to
-            the model as ``model(**batch)``, or anything that ``loss_fn`` understands.
+            the model as ``model(**batch)``, or anything that ``loss_fn`` understands. Packed
+            sequences: ``sample_ids`` [B, T] say which sample each token belongs to (0 to N - 1;
+            -1: padding); the model is not given them, and keeps the samples apart by itself.
         loss_fn: ``(model, batch) -> losses [N]``, each sample's own negative log-likelihood,
             summed over its tokens. None: from the output's ``.logits`` and ``batch["labels"]``.
         params: The candidates: globs, or a predicate ``(name, param) -> bool``. None: every

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fishkern import samples
 from fishkern.labels import Draws, expected_terms
+from fishkern.packing import SAMPLE_IDS, Packing, packing_of
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 
@@ -29,7 +30,7 @@ def default_loss(model: nn.Module, labels: str = "empirical", draws: Draws | Non
 
     Classification ([N, C] logits, integer labels), regression ([N] or [N, 1], float labels,
     Gaussian with unit variance: ``0.5 (y - f)^2``), and tokens ([N, T, C]; shifted by one for
-    causal language models and for nothing else), -100 ignored.
+    causal language models and for nothing else), -100 ignored. Packed sequences: tokens only.
 
     ``labels``: "empirical": the batch's. "sampled": drawn by ``draws`` in the first forward of a
     batch, which must be a dict: it keeps them for the passes that follow. "expected": the losses
@@ -47,11 +48,11 @@ def default_loss(model: nn.Module, labels: str = "empirical", draws: Draws | Non
         pass_labels = needed and given is not None and (empirical or not _are_placeholders(given))
         outputs = _call(model, batch, with_labels=pass_labels)
         logits = _logits(outputs)
-        given = _with_virtual_tokens(model, logits, given)
+        given, packing = _with_virtual_tokens(model, logits, given), packing_of(batch)
         if not empirical:
             _require_one_label(model, logits, given)
         if pass_labels and not checked and given is not None:
-            own = sample_losses(model, logits.detach(), given)
+            own = sample_losses(model, logits.detach(), given, packing)
             if checked := bool(own.any()):  # else every label is ignored: nothing to compare
                 _check_own_loss(model, outputs, own, given)
         if labels == "expected":
@@ -61,12 +62,14 @@ def default_loss(model: nn.Module, labels: str = "empirical", draws: Draws | Non
                 batch[_DRAWN] = _draw_labels(model, logits.detach(), given, batch, draws)
             given = batch[_DRAWN]
         assert given is not None
-        return sample_losses(model, logits, given)
+        return sample_losses(model, logits, given, packing)
 
     return loss_fn
 
 
-def sample_losses(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
+def sample_losses(
+    model: nn.Module, logits: Tensor, labels: Tensor, packing: Packing | None = None
+) -> Tensor:
     """Per-sample negative log-likelihoods [N], in float32 (float64 of float64).
 
     Raises:
@@ -74,6 +77,8 @@ def sample_losses(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
     """
     logits = _wide(logits)
     integer = not (labels.is_floating_point() or labels.is_complex())
+    if packing is not None:
+        return _packed_losses(model, logits, labels, packing)
     if logits.dim() == 3 and integer and labels.shape[:1] == logits.shape[:1]:
         if shifts(model):
             logits, labels = logits[:, :-1], labels[:, 1:]
@@ -91,6 +96,24 @@ def sample_losses(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
         f"no default loss for logits {list(logits.shape)} with labels {list(labels.shape)} of "
         f"{labels.dtype}; {_REMEDY}"
     )
+
+
+def _packed_losses(model: nn.Module, logits: Tensor, labels: Tensor, packing: Packing) -> Tensor:
+    """Of token logits ``[B, T, C]``: no token predicts the first one of the next sample."""
+    size = packing.sample_ids.shape
+    if logits.dim() != 3 or not logits.shape[:2] == labels.shape == size:
+        raise ValueError(
+            f"{SAMPLE_IDS} {list(size)} need logits [B, T, C] and labels [B, T], not "
+            f"{list(logits.shape)} and {list(labels.shape)}; {_REMEDY}"
+        )
+    shift = int(shifts(model))
+    if shift:
+        logits = logits[:, :-1]
+        labels = labels.masked_fill(packing.starts(), IGNORED)[:, 1:]
+    token = F.cross_entropy(
+        logits.transpose(1, 2), labels.long(), ignore_index=IGNORED, reduction="none"
+    )
+    return packing.by_sample(F.pad(token, (shift, 0)), fill=0.0).sum(1)
 
 
 def require_losses(losses: Any, batch: Any, size: int | None) -> Tensor:
@@ -164,7 +187,7 @@ def _labels(batch: Any, needed: bool) -> Tensor | None:
 
 def _call(model: nn.Module, batch: Mapping[str, Any], *, with_labels: bool) -> Any:
     """The model's outputs. Its own loss costs time, so labels are left out once it was checked."""
-    batch = {key: value for key, value in batch.items() if key != _DRAWN}
+    batch = {key: value for key, value in batch.items() if key not in (_DRAWN, SAMPLE_IDS)}
     if with_labels:
         try:
             return model(**batch)

@@ -10,6 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from fishkern.packing import packing_of
+
 
 def can_slice(batch: Any) -> bool:
     """Whether ``take`` knows how to cut this batch."""
@@ -47,11 +49,13 @@ def token_counts(batch: Any, num_samples: int) -> dict[tuple[int, int], int]:
 
 
 def count(batch: Mapping[str, Any]) -> int:
-    """The number of samples: dimension 0 of the labels, else the one that most tensors have.
+    """The number of samples: as packed, or dimension 0 of the labels, or that of most tensors.
 
     Raises:
         ValueError: The batch holds no tensor.
     """
+    if packing := packing_of(batch):
+        return packing.num_samples
     tensors = [value for value in batch.values() if isinstance(value, Tensor) and value.dim()]
     labels = batch.get("labels")
     if isinstance(labels, Tensor) and labels.dim():
@@ -129,7 +133,7 @@ def take(batch: Any, start: int, stop: int, num_samples: int) -> Any:
     """Samples ``start`` to ``stop`` of a batch that holds ``num_samples``.
 
     Tensors and lists with ``num_samples`` entries are cut; everything else (a flag, position ids
-    of shape [1, T]) belongs to all samples and is passed on.
+    of shape [1, T]) belongs to all samples and is passed on. Packed batches: ``Packing.cut``.
     """
     return _cut(batch, slice(start, stop), num_samples)
 
@@ -142,6 +146,8 @@ def pick(batch: Any, chosen: Sequence[int], num_samples: int) -> Any:
 def _cut(batch: Any, chosen: slice | list[int], num_samples: int) -> Any:
     if isinstance(batch, Tensor):
         return batch[chosen] if batch.dim() and len(batch) == num_samples else batch
+    if packing := packing_of(batch):
+        return packing.cut(batch, _entries(range(packing.num_samples), chosen))
     if isinstance(batch, Mapping):
         items = {key: _cut(value, chosen, num_samples) for key, value in batch.items()}
         return _rebuild(batch, items)

@@ -15,6 +15,7 @@ from fishkern import samples
 from fishkern.completion import FisherAccumulator, Shape
 from fishkern.interception import Site, intercepted, rule_for
 from fishkern.losses import LossFn, require_losses
+from fishkern.packing import packing_of
 from fishkern.preserve import backward
 from fishkern.sample_scores import SampleScores
 from fishkern.verification import check_losses, verify_scores
@@ -55,6 +56,7 @@ class Scoring:
         covered = {name for site in self.sites.values() for name in site.names.values()}
         self.loop = set(candidates) - covered
         self.probed = self.verified = self.attached = False
+        self.packed: bool | None = None
         # Position ids [1, T] stand for all samples; expanded to [N, T], their gradients come sample
         # by sample. Off where the model turns out to want them as they are.
         self.broadcasts = True
@@ -149,7 +151,13 @@ class Scoring:
         self._require_grad(names)
         accumulator = self.accumulator
         sites = {m: s for m, s in self.sites.items() if not self.loop.issuperset(s.names.values())}
-        with accumulator.batch(names, size if self.broadcasts else None), intercepted(sites):
+        packing = packing_of(batch)
+        if self.packed not in (None, packing is not None):
+            raise ValueError("sample_ids are in some batches only: pass them in all, or in none")
+        self.packed = packing is not None
+        # Of packed samples ids [1, T] are all the tokens that there are.
+        broadcast = size if self.broadcasts and packing is None else None
+        with accumulator.batch(names, broadcast, packing), intercepted(sites):
             try:
                 losses = self._losses(batch, size)
                 found = losses.shape[1]

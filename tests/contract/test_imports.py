@@ -28,6 +28,7 @@ LAYERS = [
     {"losses"},
     {
         "samples",
+        "packing",
         "sample_scores",
         "square_cache",
         "labels",

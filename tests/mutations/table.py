@@ -20,6 +20,9 @@ _TARGETS = "        targets = {local[n][0]: self._target(n, x.device) for n in n
 _TRITON_DOT = """\
             total = tl.dot(grad, x, total, input_precision="ieee")
 """
+_CROSS_ENTROPY = """\
+            token = F.cross_entropy(
+                logits.transpose(1, 2), labels.long(), ignore_index"""
 _NO_OWN_LOSS = Edit("losses.py", 'own = getattr(outputs, "loss", None)', "own = None")
 
 
@@ -162,8 +165,7 @@ MUTANTS = (
     Mutant(
         5,
         "each use is squared by itself",
-        _instead(COMPLETION, "dims_in) for use in uses], 1)", "dims_in) for use in uses], 0)")
-        + _instead(COMPLETION, "dims_out) for use in uses], 1)", "dims_out) for use in uses], 0)"),
+        _instead(COMPLETION, "torch.cat(uses, 1)", "torch.cat(uses, 0)"),
         "test_pitfall_05_uses_that_cancel",
     ),
     Mutant(
@@ -197,7 +199,7 @@ MUTANTS = (
     Mutant(
         7,
         "checkpointing is off in eval mode",
-        _instead("preserve.py", "            module.training = True\n", "            pass\n"),
+        _instead("preserve.py", "bool(checkpoints) or _packs_in_eval(module)", "False"),
         "test_pitfall_07_checkpointing_changes_nothing",
     ),
     Mutant(
@@ -209,7 +211,9 @@ MUTANTS = (
     Mutant(
         8,
         "norms keep the batch's statistics",
-        _instead("preserve.py", "            module.training = False\n", "            pass\n"),
+        _instead(
+            "preserve.py", "module.training = bool(checkpoints)", "module.training |= checkpoints"
+        ),
         "test_pitfall_08_dropout_and_batch_statistics",
     ),
     Mutant(
@@ -249,7 +253,9 @@ MUTANTS = (
         10,
         "ignored labels count as the first class",
         (
-            Edit("losses.py", "labels.long(), ignore", "labels.long().clamp(0), ignore"),
+            Edit(
+                "losses.py", _CROSS_ENTROPY, _CROSS_ENTROPY.replace(".long()", ".long().clamp(0)")
+            ),
             _NO_OWN_LOSS,
         ),
         "test_pitfall_10_ignored_labels_and_padding_tokens",
@@ -258,7 +264,9 @@ MUTANTS = (
         10,
         "ignored labels count in longer padding",
         (
-            Edit("losses.py", "labels.long(), ignore", "labels.long().clamp(0), ignore"),
+            Edit(
+                "losses.py", _CROSS_ENTROPY, _CROSS_ENTROPY.replace(".long()", ".long().clamp(0)")
+            ),
             _NO_OWN_LOSS,
         ),
         "test_pitfall_10_longer_padding",
