@@ -27,8 +27,10 @@ from benchmarks.machine import RESULTS, ROOT, describe, machine_name, num_cores
 BUDGET = 600.0  # seconds, for everything
 PYTHON = sys.executable
 OP_TESTS = (
+    "tests/unit/test_embedding_fisher.py",
     "tests/unit/test_linear_fisher.py",
     "tests/unit/test_masked_adamw.py",
+    "tests/unit/test_norm_fisher.py",
     "tests/unit/test_topk_indices.py",
     "tests/unit/test_triton_kernels.py",
 )

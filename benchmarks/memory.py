@@ -3,6 +3,9 @@
 CUDA's allocator counts it. On a CPU the kernel does, for a whole process: each contender gets one
 of its own, in which the high-water mark is set back after a first call, so that what is loaded,
 compiled or kept for good does not count. No sampling: a short peak is seen as well.
+
+``allocated_peak`` counts what torch's CPU allocator hands out instead: exact to the byte and the
+same each time, so that small differences between two ways show, and a test can hold a bound.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -60,6 +64,24 @@ def _cpu_peak(run: Run) -> float:
     RESET.write_text("5")
     run()
     return (_kib("VmHWM") - before) / 2**10
+
+
+def allocated_peak(run: Run) -> int:
+    """The most bytes that torch's CPU allocator held during one call, beyond those held before.
+
+    Without what C++ code takes from the system itself (our kernels: under a MiB for each thread).
+    """
+    gc.collect()  # else what an earlier call left would be returned during this one
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        run()
+    results: Any = profile.profiler.kineto_results  # type: ignore[union-attr]
+    changes = [(e.start_ns(), e.nbytes()) for e in results.events() if e.name() == "[memory]"]
+    live = peak = 0
+    for _, change in sorted(changes, key=lambda change: change[0]):
+        live += change
+        peak = max(peak, live)
+    return peak
 
 
 def _kib(key: str) -> int:

@@ -193,6 +193,8 @@ def test_embedding_fisher_keeps_special_values_where_they_belong(backend, bad):
 @pytest.mark.parametrize("wrong", [-1, 5, 2**40])
 def test_embedding_fisher_refuses_ids_out_of_range_and_writes_nothing(backend, wrong):
     ids, grad_out, _ = problem((3, (6,), 5, 7))
+    if ids.is_cuda:
+        pytest.skip("an assertion on the device would end the process's use of it")
     ids[1, 2] = wrong
     for op in (embedding_fisher_, torch.ops.fishkern.embedding_fisher_):
         fisher, scores = torch.zeros(5, 7), torch.zeros(3)
