@@ -10,7 +10,8 @@ import fishkern
 from fishkern import select_ird
 from fishkern.scoring import Scoring
 from tests.support.oracle import sample_oracle, squared_error
-from tests.support.problems import PROBLEMS
+from tests.support.problems import PROBLEMS, llama, lora, next_token_loss
+from tests.training.test_estimate_packing import packed, sequences
 
 V, H, O, T = 12, 6, 3, 5  # ids, features, outputs, tokens  # noqa: E741
 SAMPLES = 24
@@ -352,6 +353,15 @@ def test_progress_is_shown(capsys, way):
     assert "IRD: 100%" in shown
     assert f"{SAMPLES}/{SAMPLES}" in shown  # the first pass
     assert (f"{SAMPLES + 15}/{SAMPLES + 15}" in shown) == (not way["cache_bytes"])  # the second
+
+
+def test_packed_sequences(way):
+    model = lora(llama(), ["q_proj", "v_proj"])
+    parts = [list(sequences(5, 3, 1, 7)), list(sequences(4, 2, 6))]
+    targets = {"density": 0.2, "num_samples": 2, "rounds": 2}
+    result = select_ird(model, [packed(p) for p in parts], progress=False, **targets, **way)
+    squares = flat_squares(model, [*parts[0], *parts[1]], next_token_loss, list(result.mask))
+    assert_pairs(result, brute_force(squares, **targets))
 
 
 def test_texts_are_cut_like_tensors():
