@@ -75,6 +75,31 @@ METHODS = (
         {"loop": "lora_embedding_* lora_magnitude_vector"},
         {"use_dora": True, **EMBEDDING},
     ),
+    Method(
+        "aLoRA",
+        "LoraConfig",
+        {"loop": "lora_A lora_B"},
+        {"alora_invocation_tokens": [25], **CAUSAL},
+        "decoder",
+    ),
+    Method(
+        "KaSA",
+        "LoraConfig",
+        {**LORA, "loop": "lora_diag"},
+        lambda _: {"kasa_config": imported("peft").KasaConfig()},
+    ),
+    Method(
+        "BD-LoRA",
+        "LoraConfig",
+        {"loop": "lora_A", "fused": "lora_B"},
+        lambda _: {"use_bdlora": imported("peft").BdLoraConfig(["query", "value"], [], 2)},
+    ),
+    Method(
+        "VeLoRA",
+        "LoraConfig",
+        LORA,
+        lambda _: {"velora_config": imported("peft").VeloraConfig(num_groups=4)},
+    ),
     # Relatives of LoRA
     Method("AdaLoRA", "AdaLoraConfig", {"loop": "lora_A lora_B lora_E"}, {"total_step": 10}),
     Method("VeRA", "VeraConfig", {"loop": "vera_lambda_*"}, {"r": 4}),
@@ -317,5 +342,17 @@ METHODS = (
     ),
 )
 
-# What PEFT has beside these, and why it is no row.
-ABSENT: dict[str, str] = {}
+# The classes with which PEFT configures something, but that are no row's own, and why.
+ABSENT = {
+    "ArrowConfig": "routes between LoRAs that were trained before; it trains nothing itself",
+    "BdLoraConfig": "an option of LoRA: the row BD-LoRA",
+    "EvaConfig": "an initialisation of LoRA: the row EVA",
+    "KasaConfig": "an option of LoRA: the row KaSA",
+    "LoftQConfig": "an initialisation of LoRA on quantised weights, which have a test of their own",
+    "LoraGAConfig": "an initialisation of LoRA from gradients: then as the row LoRA",
+    "LoraRuntimeConfig": "where LoRA keeps its weights while it works",
+    "MontecloraConfig": "LoRA, but for noise in training mode; scores are taken in eval mode",
+    "PeftConfig": "the base class",
+    "PromptLearningConfig": "the base class of prompt methods",
+    "VeloraConfig": "an option of LoRA: the row VeLoRA",
+}

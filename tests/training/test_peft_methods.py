@@ -44,19 +44,20 @@ def condition(model):
 
 
 def test_scores_are_exact_and_go_the_expected_way(method, model):
-    batch, kwargs = method.batch(model), {"loss_fn": method.loss_fn(), "progress": False}
+    batches = [method.batch(model), method.batch(model, 3, 7)]
+    kwargs = {"loss_fn": method.loss_fn(), "progress": False, "verify": 2}
     with torch.no_grad():
-        method.losses(model, batch)  # transformers hooks some models in their first forward
+        method.losses(model, batches[0])  # transformers hooks some models in their first forward
     before = condition(model)
     if method.refused:
         with pytest.raises(FisherVerificationError, match=method.refused):
-            estimate_fisher(model, [batch], verify=2, **kwargs)
+            estimate_fisher(model, batches, **kwargs)
     else:
-        scores = estimate_fisher(model, [batch], verify=2, **kwargs)
+        scores = estimate_fisher(model, batches, **kwargs)
         names = [name for name, p in model.named_parameters() if p.requires_grad]
         assert list(scores) == names
         truth = fisher_oracle(
-            widened(model), [batch], lambda model, batch: method.losses(model, batch).sum(), names
+            widened(model), batches, lambda model, batch: method.losses(model, batch).sum(), names
         )
         assert_scores_match(scores, truth)
         assert_routes(method, scores.routes)
@@ -87,11 +88,12 @@ def test_names_are_unique():
 
 
 def test_no_method_of_peft_is_missing():
-    """Each of PEFT's types is in the catalogue, or says why not."""
+    """Each of PEFT's types and configurations is in the catalogue, or says why not."""
     mapping = pytest.importorskip("peft.mapping").PEFT_TYPE_TO_CONFIG_MAPPING
     peft = importlib.import_module("peft")
-    listed = {method.config for method in METHODS if method.package == "peft"}
-    assert all(hasattr(peft, config) for config in listed)
-    configs = {peft_type.value: mapping[peft_type].__name__ for peft_type in mapping}
-    without = {t.value for t in peft.PeftType if configs.get(t.value) not in listed}
-    assert without == set(ABSENT)
+    rows = {method.config for method in METHODS if method.package == "peft"}
+    configs = {name for name in dir(peft) if name.endswith("Config")}
+    assert configs == rows | set(ABSENT)
+    assert not rows & set(ABSENT)
+    assert set(peft.PeftType) == set(mapping)
+    assert {config.__name__ for config in mapping.values()} <= rows
