@@ -12,6 +12,7 @@ from fishkern.scoring import Scoring
 from tests.support.oracle import sample_oracle, squared_error
 from tests.support.problems import PROBLEMS, llama, lora, next_token_loss
 from tests.training.test_estimate_packing import packed, sequences
+from tests.training.test_sample_scores import Images
 
 V, H, O, T = 12, 6, 3, 5  # ids, features, outputs, tokens  # noqa: E741
 SAMPLES = 24
@@ -20,19 +21,19 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*have a score of zero:UserWarni
 
 
 class Net(nn.Module):
-    """Rules for an embedding, linear layers and a norm; one layer without a rule."""
+    """An embedding, linear layers, a norm, a scale, and a parameter that no rule can know."""
 
     def __init__(self):
         super().__init__()
         self.embed = nn.Embedding(V, H)
         self.body, self.norm, self.head = nn.Linear(H, H), nn.LayerNorm(H), nn.Linear(H, O)
-        self.scale = nn.Parameter(torch.rand(H) + 0.5)
+        self.scale, self.mix = nn.Parameter(torch.rand(H) + 0.5), nn.Parameter(torch.randn(O, O))
         self.seen = 0
 
     def forward(self, ids):
         self.seen += len(ids)
         x = self.norm(self.body(self.embed(ids)).tanh()) * self.scale
-        return self.head(x).mean(1)
+        return self.head(x).mean(1) @ self.mix.matrix_exp()
 
 
 def batches(sizes=(7, 1, 10, 6)):
@@ -117,6 +118,7 @@ def test_equals_brute_force(first, rounds, shares, way):
     assert_pairs(result, brute_force(squares, **targets, shares=shares))
     assert result.cached == (way["cache_bytes"] > 0)
     assert result.routes["body.weight"] == "fused"
+    assert result.routes["mix"] == "loop"
     assert len(result.samples) == 6
     assert result.mask.num_selected == round(0.1 * squares.shape[1])
 
@@ -132,6 +134,15 @@ def test_equals_brute_force_on_adapters(name, way):
     targets = {"density": 0.2, "num_samples": 4, "rounds": 3}
     result = select_ird(model, samples, progress=False, **targets, **way)
     squares = flat_squares(model, samples, problem.loss, list(result.mask))
+    assert_pairs(result, brute_force(squares, **targets))
+
+
+def test_equals_brute_force_on_images(way):
+    model = Images()
+    samples = [(torch.randn(n, 2, 7, 7), torch.randn(n, 4, 3, 3)) for n in (5, 3)]
+    targets = {"density": 0.2, "num_samples": 3, "rounds": 2}
+    result = ird(model, samples, **targets, **way)
+    squares = flat_squares(model, samples, summed, list(result.mask))
     assert_pairs(result, brute_force(squares, **targets))
 
 
@@ -243,7 +254,7 @@ def test_the_mask_trains_and_targets_of_everything_keep_everything():
 WRONG = {
     "density is 0:": {"density": 0},
     "density is 1.5:": {"density": 1.5},
-    "density is 1e-06, which leaves none of 153 candidates": {"density": 1e-6},
+    "density is 1e-06, which leaves none of 162 candidates": {"density": 1e-6},
     "num_samples is 0:": {"num_samples": 0},
     "num_samples is 25, but samples holds 24": {"num_samples": 25},
     "rounds is 0:": {"rounds": 0},

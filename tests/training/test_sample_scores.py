@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 import fishkern
 from fishkern import SparseMask, estimate_fisher, select
 from tests.support.oracle import sample_oracle, squared_error
-from tests.support.problems import PROBLEMS, language, next_token_loss
+from tests.support.problems import PROBLEMS, bert, language, lora, next_token_loss
 from tests.support.tolerances import SCORE, assert_scores_match
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
@@ -93,16 +93,28 @@ def test_longer_padding_changes_nothing():
 
 
 class Net(nn.Module):
-    """A layer without a rule, one that is used twice, and one that is also used functionally."""
+    """Parameters of no layer, one layer that is used twice, and one that is used functionally."""
 
     def __init__(self):
         super().__init__()
-        self.scale = nn.Parameter(torch.randn(I))
+        self.scale, self.mix = nn.Parameter(torch.randn(I)), nn.Parameter(torch.randn(I, I))
         self.twice, self.past = nn.Linear(I, I), nn.Linear(I, I)
 
     def forward(self, x):
-        x = self.twice(self.twice(x * self.scale).tanh())
+        x = self.twice(self.twice(x * self.scale).tanh()) @ self.mix.matrix_exp()
         return linear(self.past(x).tanh(), self.past.weight)
+
+
+class Images(nn.Module):
+    """Convolutions, one by groups, and a norm between them."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(2, 4, 3, padding=1), nn.GroupNorm(2, 4)
+        self.last = nn.Conv2d(4, 4, 3, stride=2, groups=2)
+
+    def forward(self, x):
+        return self.last(self.norm(self.first(x)).tanh())
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -112,7 +124,27 @@ def test_loops_and_several_uses(masked):
     scores = assert_sums_match(
         model, batches, lambda *a: squared_error(*a).sum(), mask, loss_fn=squared_error
     )
-    assert {scores.routes["twice.weight"], scores.routes["past.weight"]} == {"fused", "loop"}
+    assert scores.routes["mix"] == "loop"
+    assert scores.routes["twice.weight"] == "fused"
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_convolutions(masked):
+    model = Images()
+    batches = [(torch.randn(n, 2, 7, 7), torch.randn(n, 4, 3, 3)) for n in (3, 2)]
+    mask = some_entries(score(model, batches, loss_fn=squared_error)) if masked else None
+    scores = assert_sums_match(
+        model, batches, lambda *a: squared_error(*a).sum(), mask, loss_fn=squared_error
+    )
+    assert set(scores.routes.values()) == {"fused"}
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_dora(masked):
+    model, problem = lora(bert(), ["query", "dense"], use_dora=True), PROBLEMS["bert"]
+    batch = problem.batch()
+    mask = some_entries(score(model, [batch])) if masked else None
+    assert_sums_match(model, [batch], problem.loss, mask)
 
 
 class Segments(nn.Module):
