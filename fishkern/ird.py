@@ -77,19 +77,19 @@ def select_ird(
 ) -> IRDResult:
     """Choose samples and parameters together by Iterative Range Decreasing (IRD).
 
-    With ``g[n, i]`` the gradient of sample n's log-likelihood at entry i, a round keeps those
-    current samples, and those current entries, that have the most Fisher information over what
-    the other range still holds::
+    With ``g[n, i]`` the gradient of sample n's own loss (at the data's labels) for entry i, a round
+    keeps those current samples, and those current entries, that have the most Fisher information
+    over what the other range still holds::
 
         samples:    the n in S with the largest  sum_{i in P} g[n, i]^2
         parameters: the i in P with the largest  sum_{n in S} g[n, i]^2
 
-    What is the paper's (Dong et al., "Targeted Efficient Fine-tuning: Optimizing Parameter Updates
-    with Data-Driven Sample Selection", 2024; before that "Data-oriented Dynamic Fine-tuning
-    Parameter Selection Strategy for FISH Mask"): that samples and parameters are searched for as a
-    pair, and that an iteration keeps those of either with larger Fisher information, so that both
-    ranges decrease. Only its abstract could be read. Our reading are the two sums above, the
-    alternation within a round, the shrink factors and the targets: all of them are arguments.
+    What is the paper's (Dong, Xue, Zheng and He, "Targeted Efficient Fine-tuning", 2024; before
+    that "Data-oriented Dynamic Fine-tuning Parameter Selection Strategy for FISH Mask"): that
+    samples and parameters are searched for as a pair, and that an iteration keeps those of either
+    with larger Fisher information, so that both ranges decrease. Only its abstract could be read.
+    Our reading: the two sums above, the alternation within a round, the shrink factors and the
+    targets; hence the arguments for the latter.
 
     Gradients do not change between the rounds. Where the squares of all samples and candidates fit
     into ``cache_bytes``, they are kept from one scoring pass, and the rounds only sum. Otherwise
@@ -100,8 +100,8 @@ def select_ird(
     Args:
         model: As for ``estimate_fisher``; it is left as it was.
         samples: The N0 samples to choose from, in batches as ``estimate_fisher`` takes them;
-            iterated once, and held until the end. Where not cached, they must be such that samples
-            can be cut out: mappings, tuples or lists of tensors.
+            iterated once, and held while they may be scored again. For that it must be possible to
+            cut samples out of them: mappings, tuples or lists of tensors.
         density: The share of the candidates to end with: k = round(density * candidates).
         num_samples: How many samples to end with.
         rounds: How often both ranges shrink.
@@ -168,8 +168,8 @@ def select_ird(
         scoring = Scoring(model, candidates, losses, score_device)
         bar = stack.enter_context(tqdm(desc="IRD", unit="sample", disable=not progress))
         batches = cut_batches(samples, None, model, loss_fn is None)
-        passes = _Passes(scoring, batches, verify, bar)
-        passes.run(cache, everything)
+        passes = _Passes(scoring, verify, bar)
+        passes.run(batches, cache, everything)
         found = scoring.num_samples
         if num_samples > found:
             raise ValueError(
@@ -177,7 +177,7 @@ def select_ird(
             )
         source: _Sums = cache if cache.complete else passes
         if cache.complete:
-            passes.batches = ()
+            passes.batches.clear()
         trace = [IRDStep(0, torch.arange(found), everything)]
         order = RANGES if first == RANGES[0] else RANGES[::-1]
         for r in range(1, rounds + 1):
@@ -224,20 +224,23 @@ class _Passes:
     entries until samples are.
     """
 
-    def __init__(
-        self, scoring: Scoring, batches: Iterable[tuple[Any, int | None]], verify: int, bar: Any
-    ) -> None:
-        self.batches = batches
+    def __init__(self, scoring: Scoring, verify: int, bar: Any) -> None:
+        self.batches: list[tuple[Any, int]] = []
         self._scoring, self._verify, self._bar = scoring, verify, bar
         self._mask: SparseMask
-        self._by_sample: Tensor | None = None
-        self._by_entry: dict[str, Tensor] | None = None
+        self._by_sample: Tensor | None = None  # unknown
+        self._entries_known = False  # they are in scoring.scores
 
-    def run(self, by_sample: SampleScores, mask: SparseMask) -> None:
-        """Score the current samples, with their sums over the mask."""
+    def run(
+        self,
+        batches: Iterable[tuple[Any, int | None]],
+        by_sample: SampleScores,
+        mask: SparseMask,
+    ) -> None:
+        """Score these batches and hold them; the sums by sample are over the mask."""
         self._scoring.restart(by_sample)
         held = []
-        for batch, size in self.batches:
+        for batch, size in batches:
             found = self._scoring.add_verified(batch, size, self._verify)
             self._bar.update(found)
             held += [(batch, found)] if found else []
@@ -246,14 +249,12 @@ class _Passes:
         self.batches, self._mask = held, mask
         self._bar.total = self._bar.n
         self._bar.refresh()
-        scores = self._scoring.scores
-        require_finite(scores)
-        self._by_sample = by_sample.result()
-        self._by_entry = {n: scores[n].flatten()[index.long()] for n, index in mask.items()}
+        require_finite(self._scoring.scores)
+        self._by_sample, self._entries_known = by_sample.result(), True
 
     def _run_again(self) -> None:
-        self._bar.total += sum(size or 0 for _, size in self.batches)
-        self.run(SampleScores(self._mask), self._mask)
+        self._bar.total += sum(size for _, size in self.batches)
+        self.run(self.batches, SampleScores(self._mask), self._mask)
 
     def sums_by_sample(self) -> Tensor:
         """See ``_Sums``."""
@@ -264,26 +265,24 @@ class _Passes:
 
     def sums_by_entry(self) -> dict[str, Tensor]:
         """See ``_Sums``."""
-        if self._by_entry is None:
+        if not self._entries_known:
             self._run_again()
-        assert self._by_entry is not None
-        return self._by_entry
+        scores = self._scoring.scores
+        return {name: scores[name].flatten()[i.long()] for name, i in self._mask.items()}
 
     def keep_samples(self, kept: Tensor) -> None:
         """See ``_Sums``."""
-        batches = list(self.batches)
-        parts = split(kept, [size or 0 for _, size in batches])
+        assert self._by_sample is not None  # they have just been asked for
+        parts = split(kept, [size for _, size in self.batches])
         self.batches = [
-            (_picked(batch, part, size or 0), len(part))
-            for (batch, size), part in zip(batches, parts, strict=True)
+            (_picked(batch, part, size), len(part))
+            for (batch, size), part in zip(self.batches, parts, strict=True)
             if len(part)
         ]
-        self._by_sample, self._by_entry = self.sums_by_sample()[kept], None
+        self._by_sample, self._entries_known = self._by_sample[kept], False
 
     def keep_entries(self, kept: SparseMask, mask: SparseMask) -> None:
         """See ``_Sums``."""
-        sums = self.sums_by_entry()
-        self._by_entry = {name: sums[name][index.long()] for name, index in kept.items()}
         self._by_sample, self._mask = None, mask
 
 
