@@ -7,11 +7,13 @@ table of it.
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
-from benchmarks.peft_models import BASES, Batch, Method, Options, imported
+from benchmarks.peft_models import Batch, Method, Options, imported
 
 
 def _from_data(model: nn.Module, batch: Batch) -> None:
@@ -20,15 +22,15 @@ def _from_data(model: nn.Module, batch: Batch) -> None:
     imported("peft").initialize_lora_eva_weights(model, [inputs] * 8, show_progress_bar=False)
 
 
-def _trained_before(folder: Path) -> Options:
+def _trained_before(base: Any, folder: Path) -> Options:
     """X-LoRA mixes adapters that were trained before."""
     peft = imported("peft")
     lora = {"r": 2, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
     for name in "01":
-        model = peft.get_peft_model(BASES["decoder"].model("tiny"), peft.LoraConfig(**lora))
+        model = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**lora))
         model.save_pretrained(folder / name)
     mixed = {name: str(folder / name) for name in "01"}
-    return {"adapters": mixed, "hidden_size": 16, "xlora_depth": 1, **CAUSAL}
+    return {"adapters": mixed, "hidden_size": base.config.hidden_size, "xlora_depth": 1, **CAUSAL}
 
 
 CLASSES, CAUSAL = {"task_type": "SEQ_CLS"}, {"task_type": "CAUSAL_LM"}
@@ -86,19 +88,19 @@ METHODS = (
         "KaSA",
         "LoraConfig",
         {**LORA, "loop": "lora_diag"},
-        lambda _: {"kasa_config": imported("peft").KasaConfig()},
+        lambda *_: {"kasa_config": imported("peft").KasaConfig()},
     ),
     Method(
         "BD-LoRA",
         "LoraConfig",
         {"loop": "lora_A", "fused": "lora_B"},
-        lambda _: {"use_bdlora": imported("peft").BdLoraConfig(["query", "value"], [], 2)},
+        lambda *_: {"use_bdlora": imported("peft").BdLoraConfig(["query", "value"], [], 2)},
     ),
     Method(
         "VeLoRA",
         "LoraConfig",
         LORA,
-        lambda _: {"velora_config": imported("peft").VeloraConfig(num_groups=4)},
+        lambda *_: {"velora_config": imported("peft").VeloraConfig(num_groups=4)},
     ),
     # Relatives of LoRA
     Method("AdaLoRA", "AdaLoraConfig", {"loop": "lora_A lora_B lora_E"}, {"total_step": 10}),

@@ -149,7 +149,7 @@ class Method:
     name: str
     config: str
     routes: Mapping[str, str]
-    options: Options | Callable[[Path], Options] = field(default_factory=dict)
+    options: Options | Callable[[Any, Path], Options] = field(default_factory=dict)
     base: str = "encoder"
     package: str = "peft"
     after: Callable[[nn.Module, Batch], None] | None = None  # an initialisation that takes data
@@ -170,8 +170,8 @@ class Method:
         model = base.model(size)
         config = getattr(package, self.config)
         with tempfile.TemporaryDirectory() as folder:
-            made = self.options(Path(folder)) if callable(self.options) else self.options
-            options = dict(made)
+            made = self.options
+            options = dict(made(model, Path(folder)) if callable(made) else made)
             if self.package == "adapters":
                 model = _with_adapter(package, model, config(**options))
             else:

@@ -32,7 +32,7 @@ COLUMNS = (
     *("date", "commit", "fishkern", "torch", "machine", "threads", "package", "version"),
     *("transformers", "method", "model", "routes", "error", "cost", "rounds", "note"),
 )
-SAMPLES, TOKENS = 16, 32  # of the batch that is timed
+SAMPLES, TOKENS = 32, 32  # of the batch that is timed
 FISHKERN, ORDINARY = "fishkern", "ordinary pass"
 ROUTES = ("fused", "vmap", "loop")  # from the fastest to the slowest
 
