@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fishkern.interception import Site
+from fishkern.interception import Site, elementwise
 from fishkern.packing import Packing
 from fishkern.sample_scores import SampleScores
 
@@ -81,6 +81,8 @@ class FisherAccumulator:
         self.num_calls: Counter[str] = Counter()
         self.by_shape: dict[tuple[Site, Shape], Layout | None] = {}
         self.uses: dict[str, list[_Use]] = {}
+        self.ready: dict[str, Tensor] = {}
+        self.num_uses: Counter[str] = Counter()
         self.complete: set[str] = set()
         self.done: set[str] = set()
         self.strays: set[str] = set()
@@ -101,6 +103,7 @@ class FisherAccumulator:
         self.strays = set(self.params).difference(names)  # scored elsewhere: nothing is held
         with ExitStack() as stack:
             stack.callback(self.uses.clear)
+            stack.callback(self.ready.clear)
             for name in names:
                 hook = self.params[name].register_hook(partial(self._completed, name))
                 stack.enter_context(hook)
@@ -163,6 +166,7 @@ class FisherAccumulator:
         if first is not None and any(
             layout is None or layout.flattened
             for site in self.calls
+            if site.rule is not elementwise.RULE  # used in its own shape, it has no layout, either
             for layout in self.layouts[site]
         ):
             doubtful = set(self.calls)  # lists of tokens may also hold one of each by chance
@@ -221,65 +225,154 @@ class FisherAccumulator:
             self.strays.update(site.names.values())
         for name in site.names.values():
             if name in self.strays:
-                self.uses.pop(name, None)
+                self._drop(name)
             else:
                 self.uses.setdefault(name, []).append(_Use(site, x, grad_out))
+                self.num_uses[name] += 1
         return ()
+
+    def consume_elementwise(self, use: elementwise.Use, grad_out: Tensor) -> None:
+        """Hold each sample's gradients of what was put in among activations."""
+        shape = tuple(use.shape)
+        names = [name for site in use.sites for name in site.names.values()]
+        layouts = {self.by_shape.get((site, shape)) for site in use.sites}
+        layout = layouts.pop() if len(layouts) == 1 else None
+        by_sample = None if layout is None else self._by_sample(use, layout, grad_out)
+        if by_sample is None:
+            self.strays.update(names)
+            for name in names:
+                self._drop(name)
+        elif not self.strays.issuperset(names):
+            for site, grads in zip(use.sites, use.sample_grads(by_sample), strict=True):
+                for name in site.names.values():
+                    self.add_sample_grads(name, grads)
+
+    def add_sample_grads(self, name: str, grads: Tensor) -> None:
+        """Hold a use of which each sample's gradient ``[N, *shape]`` is known already.
+
+        They are added to those of the parameter's other uses, of whatever kind, before squaring.
+        """
+        if name not in self.strays:
+            held = self.ready.get(name)
+            self.ready[name] = grads if held is None else held + grads
+            self.num_uses[name] += 1
+
+    def _by_sample(self, use: elementwise.Use, layout: Layout, grad_out: Tensor) -> Tensor | None:
+        """``[N, *]``, the rest as if each sample were alone; None where samples have own entries.
+
+        Broadcasting has to be what made the sample axis, or else a sample's gradient is not the
+        whole parameter's.
+        """
+        if self.num_samples == 1:
+            return grad_out.unsqueeze(0)
+        if self.packing is not None:
+            if not use.repeats(0, 1):
+                return None
+            return self.packing.by_sample(grad_out, fill=0.0).unsqueeze(1)
+        if not use.repeats(layout.axis):
+            return None
+        if layout.flattened:
+            grad_out = grad_out.unflatten(layout.axis, (self.num_samples, -1))
+            return grad_out.movedim(layout.axis, 0)
+        return grad_out.movedim(layout.axis, 0).unsqueeze(1 + layout.axis)
+
+    def _drop(self, name: str) -> None:
+        self.uses.pop(name, None)
+        self.ready.pop(name, None)
 
     def _completed(self, name: str, grad: Tensor | None) -> None:
         if grad is not None:
             self.strays.add(name)
-            self.uses.pop(name, None)
+            self._drop(name)
             if name in self.done:  # an earlier segment of reentrant checkpointing
                 self.spoiled.add(name)
-        elif name in self.uses:
+        elif name in self.uses or name in self.ready:
             self.complete.add(name)
-            uses = self.uses[name]
-            if self.num_calls[name] > len(uses):
+            if self.num_calls[name] > self.num_uses[name]:
                 return  # another segment may bring the rest: wait until the backward returns
+            if name in self.ready:
+                self._accumulate([name])
+                return
             # A layer's weight and bias are accumulated in one pass over x and grad_out.
+            uses = self.uses[name]
             together = [n for n in uses[0].site.names.values() if n in self.uses]
-            if len(uses) > 1 or any(len(self.uses[n]) > 1 for n in together):
+            if any(len(self.uses[n]) > 1 or n in self.ready for n in together):
                 self._accumulate([name])
             elif self.complete.issuperset(together):
                 self._accumulate(together)
 
     def end_backward(self) -> None:
         """Accumulate what waited for the end of the pass; another over the graph may follow."""
-        for name in list(self.uses):
-            if name not in self.strays:
+        for name in [*self.uses, *self.ready]:
+            if name in self.uses or name in self.ready:
                 self._accumulate([name])
-        self.uses.clear()
         self.complete.clear()
+        self.num_uses.clear()
 
     @torch.no_grad()  # also after the backward pass; x comes with the graph that made it
     def _accumulate(self, names: list[str]) -> None:
         """Join the uses of parameters that are used together, square, add."""
-        uses = self.uses[names[0]]
-        rule, module = uses[0].site.rule, uses[0].site.module
-        local = {n: [_local_name(use.site, n) for use in uses] for n in names}
-        if any(len(set(v)) > 1 for v in local.values()) or not _same_layer(uses):
-            self.strays.update(names)  # tied between layers of different kinds
+        uses = self.uses.get(names[0], [])
+        local = {n: {_local_name(use.site, n) for use in uses} for n in names}
+        if self.ready.keys() & names or not _same_layer(uses) or max(map(len, local.values())) > 1:
+            for name in names:
+                self._accumulate_sums(name)
             return
-        dims_in, dims_out = rule.input_dims(module), rule.output_dims(module)
-        xs = [self._samples_first(use, use.x, dims_in) for use in uses]
-        grads = [self._samples_first(use, use.grad_out, dims_out, fill=0.0) for use in uses]
+        xs, grads = zip(*(self._tensors(use) for use in uses), strict=True)
         if any(len({tensor.shape[2:] for tensor in each}) > 1 for each in (xs, grads)):
-            self.strays.update(names)  # images of several sizes through one convolution
+            for name in names:  # images of several sizes through one convolution
+                self._accumulate_sums(name)
             return
+        rule, module = uses[0].site.rule, uses[0].site.module
         x, grad_out = _joined(xs), _joined(grads)
-        targets = {local[n][0]: self._target(n, x.device) for n in names}
+        full = {local[n].pop(): n for n in names}
+        targets = {key: self._target(n, x.device) for key, n in full.items()}
         if self.by_sample is None:
             rule.fisher_(module, targets, x, grad_out)
         else:
-            full = {local[n][0]: n for n in names}
             self.by_sample.add_layer(rule, module, targets, full, x, grad_out)
-        for name in names:
-            target = targets[local[name][0]]
-            if target is not self.scores[name]:
-                self.scores[name].add_(target.to(self.scores[name].device))
-            self.done.add(name)
-            del self.uses[name]
+        for key, name in full.items():
+            self._finish(name, targets[key])
+
+    def _accumulate_sums(self, name: str) -> None:
+        """Uses of several kinds: the samples' gradients of each are added up, then squared.
+
+        So many samples at once that the sums take no more room than what is held anyway.
+        """
+        uses, ready = self.uses.get(name, []), self.ready.get(name)
+        tensors = [self._tensors(use) for use in uses]
+        held = sum(tensor.numel() for pair in tensors for tensor in pair)
+        at_once = max(1, held // max(1, self.scores[name].numel())) if uses else self.num_samples
+        device = tensors[0][1].device if ready is None else ready.device
+        target = self._target(name, device)
+        for start in range(0, self.num_samples, at_once):
+            part = slice(start, start + at_once)
+            sums = None if ready is None else ready[part]
+            for use, (x, grad_out) in zip(uses, tensors, strict=True):
+                rule, wide = use.site.rule, torch.promote_types(grad_out.dtype, torch.float32)
+                x = x[part].to(wide) if x.is_floating_point() else x[part]
+                every = rule.sample_grads(use.site.module, x, grad_out[part].to(wide))
+                grads = every[_local_name(use.site, name)]
+                sums = grads if sums is None else sums + grads
+            assert sums is not None
+            squares = sums.to(target.dtype).square()
+            if self.by_sample is None:
+                target += squares.sum(0)
+            else:
+                self.by_sample.add_squares(name, target, start, squares)
+        self._finish(name, target)
+
+    def _finish(self, name: str, target: Tensor) -> None:
+        if target is not self.scores[name]:
+            self.scores[name].add_(target.to(self.scores[name].device))
+        self.done.add(name)
+        self._drop(name)
+
+    def _tensors(self, use: _Use) -> tuple[Tensor, Tensor]:
+        """The use's x and grad_out, ``[N, T, *features]`` each."""
+        rule, module = use.site.rule, use.site.module
+        x = self._samples_first(use, use.x, rule.input_dims(module))
+        return x, self._samples_first(use, use.grad_out, rule.output_dims(module), fill=0.0)
 
     def _samples_first(
         self, use: _Use, tensor: Tensor, feature_dims: int | None, fill: float | None = None
@@ -305,13 +398,15 @@ class FisherAccumulator:
 
 def _same_layer(uses: Sequence[_Use]) -> bool:
     """Whether the modules of all uses compute the same."""
+    if not uses:
+        return True
     rule, settings = uses[0].site.rule, uses[0].site.rule.settings(uses[0].site.module)
     return all(
         use.site.rule is rule and rule.settings(use.site.module) == settings for use in uses[1:]
     )
 
 
-def _joined(uses: list[Tensor]) -> Tensor:
+def _joined(uses: tuple[Tensor, ...]) -> Tensor:
     """All uses along the token axis; of a single one no copy is made."""
     return uses[0] if len(uses) == 1 else torch.cat(uses, 1)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fishkern import samples
 from fishkern.completion import FisherAccumulator, Shape
-from fishkern.interception import Site, intercepted, rule_for
+from fishkern.interception import Site, elementwise, intercepted, rule_for
 from fishkern.losses import LossFn, require_losses
 from fishkern.packing import packing_of
 from fishkern.preserve import backward
@@ -53,8 +53,8 @@ class Scoring:
         }
         self.accumulator = FisherAccumulator(candidates, self.scores, by_sample)
         self.sites = self._find_sites()
-        covered = {name for site in self.sites.values() for name in site.names.values()}
-        self.loop = set(candidates) - covered
+        self.elementwise = self._find_elementwise()
+        self.loop: set[str] = set()
         self.probed = self.verified = self.attached = False
         self.packed: bool | None = None
         # Position ids [1, T] stand for all samples; expanded to [N, T], their gradients come sample
@@ -79,6 +79,19 @@ class Scoring:
                     module, rule, local, self.accumulator.consume, self.accumulator.called
                 )
         return sites
+
+    def _find_elementwise(self) -> list[Site]:
+        """A site for each parameter without a rule: perhaps it meets activations elementwise."""
+        covered = {name for site in self.sites.values() for name in site.names.values()}
+        names = {id(p): name for name, p in self.candidates.items() if name not in covered}
+        accumulator = self.accumulator
+        return [
+            Site(m, elementwise.RULE, {n: names[id(p)]}, accumulator.consume, accumulator.called)
+            for m in self.model.modules()
+            for n, p in m._parameters.items()
+            # An embedding with max_norm writes to its weight: nothing may stand in for it.
+            if id(p) in names and getattr(m, "max_norm", None) is None
+        ]
 
     def add_verified(self, batch: Any, size: int | None, count: int) -> int:
         """``add``; the first batch, and the first of several samples, are checked."""
@@ -151,13 +164,18 @@ class Scoring:
         self._require_grad(names)
         accumulator = self.accumulator
         sites = {m: s for m, s in self.sites.items() if not self.loop.issuperset(s.names.values())}
+        others = [site for site in self.elementwise if self.loop.isdisjoint(site.names.values())]
         packing = packing_of(batch)
         if self.packed not in (None, packing is not None):
             raise ValueError("sample_ids are in some batches only: pass them in all, or in none")
         self.packed = packing is not None
         # Of packed samples ids [1, T] are all the tokens that there are.
         broadcast = size if self.broadcasts and packing is None else None
-        with accumulator.batch(names, broadcast, packing), intercepted(sites):
+        with (
+            accumulator.batch(names, broadcast, packing),
+            intercepted(sites),
+            elementwise.tracked(others, accumulator.consume_elementwise),
+        ):
             try:
                 losses = self._losses(batch, size)
                 found = losses.shape[1]

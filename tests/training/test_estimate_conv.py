@@ -206,14 +206,12 @@ def test_a_convolution_called_twice_and_tied():
 )
 def test_a_weight_tied_between_convolutions_of_other_settings(tied):
     scores = assert_exact(Twice(shrink=False, **tied), [images()])
-    assert scores.routes["conv.weight"] == "loop"
-    assert scores.routes["conv.bias"] == "fused"
+    assert set(scores.routes.values()) == {"fused"}
 
 
 def test_a_convolution_of_images_of_two_sizes():
     scores = assert_exact(Twice(shrink=True), [images()])
-    assert scores.routes["conv.weight"] == scores.routes["norm.weight"] == "loop"
-    assert scores.routes["last.weight"] == "fused"
+    assert set(scores.routes.values()) == {"fused"}
 
 
 # Norms.

@@ -77,7 +77,7 @@ def test_a_parameter_of_the_model_itself():
     model = Model(lambda m, x: m.last(m.first(x) * m.gain), **hidden())
     model.gain = nn.Parameter(torch.randn(I))
     scores = assert_exact(model, [tokens()])
-    assert (scores.routes["gain"], scores.routes["first.weight"]) == ("loop", "fused")
+    assert (scores.routes["gain"], scores.routes["first.weight"]) == ("fused", "fused")
 
 
 def test_a_use_in_a_later_batch_only():
