@@ -57,10 +57,41 @@ void pack_as(const Operand& operand, const Chunk& chunk, int64_t begin, int64_t 
   }
 }
 
+// The same where it is the tokens that lie one after another: each feature is read to its end.
+template <typename T, int kPanel, int kRound, bool kSquared>
+void pack_across(const Operand& operand, const Chunk& chunk, int64_t begin, int64_t size,
+                 float* out) {
+  for (int64_t first = 0; first < size; first += kPanel) {
+    const int64_t used = size - first < kPanel ? size - first : kPanel;
+    const int64_t width = (used + kRound - 1) / kRound * kRound;
+    float* const panel = out + first * chunk.size();
+    for (int64_t j = 0; j < width; ++j) {
+      for (int64_t n = 0; n < chunk.samples; ++n) {
+        const T* in = static_cast<const T*>(operand.data) + (begin + first + j) * operand.stride +
+                      (chunk.sample + n) * operand.sample_stride + chunk.token;
+        float* column = panel + n * chunk.tokens * width + j;
+        if (j >= used) {
+          for (int64_t t = 0; t < chunk.tokens; ++t) column[t * width] = 0.0f;
+        } else if (width == kPanel) {
+          for (int64_t t = 0; t < chunk.tokens; ++t)
+            column[t * kPanel] = element<T, kSquared>(in + t);
+        } else {
+          for (int64_t t = 0; t < chunk.tokens; ++t)
+            column[t * width] = element<T, kSquared>(in + t);
+        }
+      }
+    }
+  }
+}
+
 template <int kPanel, int kRound>
 void pack(const Operand& operand, bool squared, const Chunk& chunk, int64_t begin, int64_t size,
           float* out) {
+  const bool across = operand.token_stride == 1 && operand.stride != 1 && chunk.tokens > 1;
   const auto run = [&]<typename T>(T) {
+    if (across)
+      return squared ? pack_across<T, kPanel, kRound, true>(operand, chunk, begin, size, out)
+                     : pack_across<T, kPanel, kRound, false>(operand, chunk, begin, size, out);
     squared ? pack_as<T, kPanel, kRound, true>(operand, chunk, begin, size, out)
             : pack_as<T, kPanel, kRound, false>(operand, chunk, begin, size, out);
   };

@@ -29,9 +29,10 @@ struct Position {
   }
 };
 
-// An entry of the kernel: its channel, and its distance from the first entry.
+// An entry of the kernel: its channel, its distance from the first entry, and the range of
+// positions in the last dimension where it is inside the input.
 struct Entry {
-  int64_t channel, shift[3];
+  int64_t channel, shift[3], begin, end;
 
   Entry(const Window& window, int64_t feature) {
     for (int d = 2; d >= 0; --d) {
@@ -39,29 +40,37 @@ struct Entry {
       feature /= window.kernel[d];
     }
     channel = feature;
+    begin = first_from(-shift[2], window.stride[2]);
+    end = first_from(window.inputs[2] - shift[2], window.stride[2]);
   }
+
+  // The first position that sees element i of the input, or what comes after.
+  static int64_t first_from(int64_t i, int64_t stride) { return i <= 0 ? 0 : (i - 1) / stride + 1; }
 };
 
 // What one entry of the kernel sees at the positions of one output row, p[2] and after.
-template <typename T>
+template <typename T, int kWidthKnown>
 inline void pack_row(const Window& window, const Entry& entry, const T* in,
-                     const Position& position, int64_t size, int64_t width, float* out) {
-  const auto first_from = [&](int64_t i) {  // the first position that sees i or what comes after
-    const int64_t k = i <= 0 ? 0 : (i + window.stride[2] - 1) / window.stride[2];
-    return k < size ? k : size;
-  };
-  int64_t i[3], offset = 0;
+                     const Position& position, int64_t size, int64_t any_width, float* out) {
+  const int64_t width = kWidthKnown ? kWidthKnown : any_width;
+  int64_t offset = 0;
   bool inside = true;
   for (int d = 0; d < 3; ++d) {
-    i[d] = position.p[d] * window.stride[d] + entry.shift[d];
-    offset += i[d] * window.steps[d];
-    if (d < 2) inside = inside && i[d] >= 0 && i[d] < window.inputs[d];
+    const int64_t i = position.p[d] * window.stride[d] + entry.shift[d];
+    offset += i * window.steps[d];
+    if (d < 2) inside = inside && i >= 0 && i < window.inputs[d];
   }
-  const int64_t begin = first_from(-i[2]), end = inside ? first_from(window.inputs[2] - i[2]) : 0;
+  const auto clamp = [size](int64_t k) { return k < 0 ? 0 : k < size ? k : size; };
+  const int64_t begin = clamp(entry.begin - position.p[2]);
+  const int64_t end = inside ? clamp(entry.end - position.p[2]) : 0;
   const int64_t step = window.stride[2] * window.steps[2];
   int64_t k = 0;
   for (; k < begin; ++k) out[k * width] = 0.0f;
-  for (; k < end; ++k) out[k * width] = to_float(in[offset + k * step]);
+  if (step == 1) {
+    for (; k < end; ++k) out[k * width] = to_float(in[offset + k]);
+  } else {
+    for (; k < end; ++k) out[k * width] = to_float(in[offset + k * step]);
+  }
   for (; k < size; ++k) out[k * width] = 0.0f;
 }
 
@@ -84,8 +93,9 @@ void pack_window_as(const Side& side, const Chunk& chunk, int64_t begin, int64_t
         for (int64_t left = chunk.tokens; left > 0; position.next_row(window)) {
           const int64_t row = window.outputs[2] - position.p[2];
           const int64_t run = row < left ? row : left;
-          pack_row(window, entry, in + position.call * window.call_step, position, run, width,
-                   column);
+          const T* const call = in + position.call * window.call_step;
+          width == kPanel ? pack_row<T, kPanel>(window, entry, call, position, run, width, column)
+                          : pack_row<T, 0>(window, entry, call, position, run, width, column);
           column += run * width;
           left -= run;
         }
