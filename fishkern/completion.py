@@ -48,6 +48,7 @@ class Layout(NamedTuple):
     axis: int
     flattened: bool
     places: frozenset[Place] = frozenset()
+    dims: int | None = None
 
 
 class _Use(NamedTuple):
@@ -113,6 +114,7 @@ class FisherAccumulator:
 
     def called(self, site: Site, x: Tensor) -> Tensor:
         """Note the shape of each input (not of those that checkpointing computes again)."""
+        x = elementwise.settled(x)
         if self.broadcast and site.rule.broadcasts and x.dim() > 1 and len(x) == 1:
             x = x.expand(self.broadcast, *x.shape[1:])
             self.expanded = True
@@ -163,18 +165,14 @@ class FisherAccumulator:
             for layout, shape in zip(self.layouts.get(site, []), shapes, strict=False)
             if num_samples > 1 and not _is_certain(layout, shape, num_samples, token_counts)
         }
-        if first is not None and any(
-            layout is None or layout.flattened
-            for site in self.calls
-            if site.rule is not elementwise.RULE  # used in its own shape, it has no layout, either
-            for layout in self.layouts[site]
-        ):
+        if first is not None and any(self._casts_doubt(site, first) for site in self.calls):
             doubtful = set(self.calls)  # lists of tokens may also hold one of each by chance
         if doubtful:
             shares = [alone(n) for n in range(num_samples)]
             for site in doubtful:
-                if not _equal_shares(self.layouts[site], self.calls[site], shares, site):
-                    self.layouts[site] = [None]
+                self.layouts[site] = _confirmed(
+                    self.layouts[site], self.calls[site], [alone.get(site, []) for alone in shares]
+                )
         for site, shapes in self.calls.items():
             known = self.layouts.get(site, [])
             for call, shape in enumerate(shapes):
@@ -201,6 +199,27 @@ class FisherAccumulator:
                 found = known[call] if fits and len(known) == len(shapes) else None
                 if self.by_shape.setdefault((site, shape), found) != found:
                     self.by_shape[site, shape] = None
+
+    def _casts_doubt(self, site: Site, first: Mapping[Site, list[Shape]]) -> bool:
+        """Whether some input of the site may be a list of tokens gathered from all samples.
+
+        One that is the same for any number of samples is none: a parameter in its own shape, or a
+        matrix (DoRA puts an identity through its adapters) given to a layer whose other inputs
+        have an axis for the samples and one for the tokens.
+        """
+        layouts, shapes, ones = self.layouts[site], self.calls[site], first.get(site, [])
+        if any(layout is not None and layout.flattened for layout in layouts):
+            return True
+        dims = site.rule.input_dims(site.module) or 0
+        constant = site.rule is elementwise.RULE or any(
+            layout is not None and (layout.dims or 0) > dims + 1 for layout in layouts
+        )
+        if len(layouts) != len(shapes) or not constant:
+            return None in layouts
+        return any(
+            layout is None and shape != one
+            for layout, shape, one in zip(layouts, shapes, ones, strict=True)
+        )
 
     def _find_layouts(
         self, first: Mapping[Site, list[Shape]], token_counts: Mapping[Place, int]
@@ -427,14 +446,14 @@ def find_layout(
         return None
     share = one[grown[0]]
     if share == 1:
-        return Layout(grown[0], flattened=False)
+        return Layout(grown[0], flattened=False, dims=len(many))
     places = frozenset(place for place, tokens in token_counts.items() if tokens == share)
-    return Layout(grown[0], flattened=True, places=places)
+    return Layout(grown[0], flattened=True, places=places, dims=len(many))
 
 
 def layout_fits(layout: Layout, shape: Shape, num_samples: int) -> bool:
     """Whether a later batch can have its samples where an earlier one had them."""
-    if layout.axis >= len(shape):
+    if layout.axis >= len(shape) or layout.dims not in (None, len(shape)):
         return False
     length = shape[layout.axis]
     return length % num_samples == 0 if layout.flattened else length == num_samples
@@ -456,23 +475,23 @@ def _is_certain(
     return share is not None and any(token_counts.get(p) == share for p in layout.places)
 
 
-def _equal_shares(
-    layouts: Sequence[Layout | None],
-    shapes: Sequence[Shape],
-    samples: Sequence[Mapping[Site, list[Shape]]],
-    site: Site,
-) -> bool:
-    """Whether every sample alone brings its part of each of the site's inputs."""
-    for alone in samples:
-        ones = alone.get(site, [])
-        if not len(ones) == len(layouts) == len(shapes):
-            return False
-        for layout, one, shape in zip(layouts, ones, shapes, strict=True):
-            if layout is None or layout.axis >= len(one):
-                return False
-            if shape[layout.axis] != len(samples) * one[layout.axis]:
-                return False
-    return True
+def _confirmed(
+    layouts: Sequence[Layout | None], shapes: Sequence[Shape], samples: Sequence[Sequence[Shape]]
+) -> list[Layout | None]:
+    """The layouts of a site's inputs of which every sample alone brings its part."""
+    if any(not len(ones) == len(layouts) == len(shapes) for ones in samples):
+        return [None]
+    return [
+        layout
+        if layout is not None
+        and all(
+            layout.dims == len(ones[call])
+            and shape[layout.axis] == len(samples) * ones[call][layout.axis]
+            for ones in samples
+        )
+        else None
+        for call, (layout, shape) in enumerate(zip(layouts, shapes, strict=True))
+    ]
 
 
 def _local_name(site: Site, name: str) -> str:

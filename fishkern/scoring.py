@@ -89,6 +89,7 @@ class Scoring:
             Site(m, elementwise.RULE, {n: names[id(p)]}, accumulator.consume, accumulator.called)
             for m in self.model.modules()
             for n, p in m._parameters.items()
+            if not hasattr(type(m), n)  # whoever reads it finds the class's own
             # An embedding with max_norm writes to its weight: nothing may stand in for it.
             if id(p) in names and getattr(m, "max_norm", None) is None
         ]
@@ -198,6 +199,9 @@ class Scoring:
                     self._backward(term.sum(), batch, retain_graph=k + 1 < len(losses))
                     accumulator.end_backward()
                     self._clear_grads()
+                if not self.loop.issuperset(accumulator.strays):
+                    # Constants from now on: others may meet them where they met activations.
+                    self.probed = False
                 return found, accumulator.strays
         self.broadcasts = self.probed = False
         return self._fused_pass(batch, size, only)
@@ -223,7 +227,8 @@ class Scoring:
         with self.accumulator.aside() as calls:
             if samples.can_slice(batch):
                 with without_graph():
-                    loss = self.loss_fn(self.model, samples.take(batch, n, n + 1, size))
+                    one = samples.take(batch, n, n + 1, size)
+                    loss = elementwise.settled(self.loss_fn(self.model, one))
         return loss, calls
 
     def one_sample_passes(
@@ -314,7 +319,7 @@ class Scoring:
 
         K is 1, a sample's own loss, but for expected labels (``labels.expected_terms``).
         """
-        losses = self._call_loss_fn(batch)
+        losses = elementwise.settled(self._call_loss_fn(batch))
         if self.labels == "expected":
             terms: Tensor = losses
             return terms
