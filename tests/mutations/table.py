@@ -16,7 +16,7 @@ TRITON = "backends/triton/fisher.py"
 COMPLETION = "completion.py"
 
 _REFERENCE_SIZES = "    num_tokens = x.shape[1:-1].numel()  # not -1: a size may be 0\n"
-_TARGETS = "        targets = {local[n][0]: self._target(n, x.device) for n in names}\n"
+_FISHER = "rule.fisher_(module, targets, x, grad_out)"
 _TRITON_DOT = """\
             total = tl.dot(grad, x, total, input_precision="ieee")
 """
@@ -30,10 +30,6 @@ def _instead(file: str, old: str, new: str) -> tuple[Edit, ...]:
     return (Edit(file, old, new),)
 
 
-def _before(file: str, old: str, new: str) -> tuple[Edit, ...]:
-    return (Edit(file, old, new + old),)
-
-
 def _after(file: str, old: str, new: str) -> tuple[Edit, ...]:
     return (Edit(file, old, old + new),)
 
@@ -42,10 +38,10 @@ MUTANTS = (
     Mutant(
         1,
         "all samples are one before the square",
-        _before(
+        _instead(
             COMPLETION,
-            _TARGETS,
-            "        x, grad_out = x.flatten(0, 1)[None], grad_out.flatten(0, 1)[None]\n",
+            _FISHER,
+            "rule.fisher_(module, targets, x.flatten(0, 1)[None], grad_out.flatten(0, 1)[None])",
         ),
         "test_pitfall_01_square_after_the_sum_over_samples",
     ),
@@ -81,10 +77,10 @@ MUTANTS = (
     Mutant(
         2,
         "each token is a sample of its own",
-        _before(
+        _instead(
             COMPLETION,
-            _TARGETS,
-            "        x, grad_out = x.flatten(0, 1)[:, None], grad_out.flatten(0, 1)[:, None]\n",
+            _FISHER,
+            "rule.fisher_(module, targets, *(t.flatten(0, 1)[:, None] for t in (x, grad_out)))",
         ),
         "test_pitfall_02_square_before_the_sum_over_tokens",
     ),
@@ -171,7 +167,7 @@ MUTANTS = (
     Mutant(
         5,
         "only the last use counts",
-        _before(COMPLETION, _TARGETS, "        x, grad_out = (t[:, -1:] for t in (x, grad_out))\n"),
+        _instead(COMPLETION, _FISHER, "rule.fisher_(module, targets, x[:, -1:], grad_out[:, -1:])"),
         "test_pitfall_05_a_parameter_with_several_uses",
     ),
     Mutant(
@@ -183,7 +179,7 @@ MUTANTS = (
     Mutant(
         7,
         "each checkpointed segment is squared by itself",
-        _instead(COMPLETION, "if self.num_calls[name] > len(uses):", "if len(uses) > 99:"),
+        _instead(COMPLETION, "if self.num_calls[name] > self.num_uses[name]:", "if False:"),
         "test_pitfall_07_a_layer_in_two_segments",
     ),
     Mutant(
@@ -290,11 +286,7 @@ MUTANTS = (
     Mutant(
         11,
         "each batch overwrites the last one's scores",
-        _after(
-            COMPLETION,
-            _TARGETS,
-            "        for target in targets.values():\n            target.zero_()\n",
-        ),
+        _instead(COMPLETION, _FISHER, "[t.zero_() for t in targets.values()]; " + _FISHER),
         "test_pitfall_11_batches_add_up_and_nothing_is_counted_twice",
     ),
     Mutant(
