@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fishkern.functional import conv_fisher_, norm_fisher_
+from fishkern.functional import conv_fisher_
+from fishkern.interception.linear import bias_fisher_
 from fishkern.interception.rules import NO_MASKS, Rule, register_rule
 
 Layer = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -109,8 +110,8 @@ class ConvRule(Rule):
             )
             bias = bias if together is None else None
         if bias is not None:
-            by_channel, mask = grad_out.movedim(2, -1), masks.get("bias")
-            norm_fisher_(None, bias, None, by_channel, sample_scores=sample_scores, bias_mask=mask)
+            by_call = grad_out.flatten(3).sum(3, dtype=bias.dtype)
+            bias_fisher_(bias, by_call, sample_scores, masks.get("bias"))
 
 
 def _padding(layer: Layer) -> tuple[list[int] | None, tuple[int, ...]]:

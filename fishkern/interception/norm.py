@@ -21,28 +21,20 @@ class ScaleRule(Rule):
         """What the weight is multiplied with, of x's shape and dtype."""
         raise NotImplementedError(f"{type(self).__name__} has no x_hat")
 
-    def input_dims(self, module: nn.Module) -> int | None:
+    def input_dims(self, module: nn.Module) -> int:
         """Those of the weight."""
         weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
         param = bias if weight is None else weight
         return 1 if param is None else param.dim()
 
-    def output_dims(self, module: nn.Module) -> int | None:
+    def output_dims(self, module: nn.Module) -> int:
         """The same."""
         return self.input_dims(module)
 
-    def rows(self, tensor: Tensor) -> Tensor:
-        """``[N, T, *features]`` as ``[N, *, entries of the weight]``."""
-        return tensor.flatten(2)
-
     def sample_grads(self, module: nn.Module, x: Tensor, grad_out: Tensor) -> dict[str, Tensor]:
         """``sum_t grad_out x_hat`` and ``sum_t grad_out``."""
-        terms = {"weight": grad_out * self.x_hat(module, x.to(grad_out.dtype)), "bias": grad_out}
-        return {
-            name: self.rows(term).flatten(1, -2).sum(1).unflatten(1, param.shape)
-            for name, term in terms.items()
-            if (param := module._parameters.get(name)) is not None
-        }
+        x_hat = self.x_hat(module, x.to(grad_out.dtype))
+        return {"weight": (grad_out * x_hat).sum(1), "bias": grad_out.sum(1)}
 
     def fisher_(
         self,
@@ -58,7 +50,7 @@ class ScaleRule(Rule):
         x_hat = None
         if "weight" in fishers:
             wide = torch.promote_types(x.dtype, torch.float32)
-            x_hat = self.rows(self.x_hat(module, x.to(wide)))
+            x_hat = self.x_hat(module, x.to(wide)).flatten(2)
         weight, bias = (
             None if (fisher := fishers.get(name)) is None else fisher.view(-1)
             for name in ("weight", "bias")
@@ -71,7 +63,7 @@ class ScaleRule(Rule):
             weight,
             bias,
             x_hat,
-            self.rows(grad_out),
+            grad_out.flatten(2),
             sample_scores=sample_scores,
             weight_mask=weight_mask,
             bias_mask=bias_mask,
@@ -101,7 +93,7 @@ class LayerNormRule(ScaleRule):
         return grad
 
 
-class GroupNormRule(ScaleRule):
+class GroupNormRule(Rule):
     """``y[:, c] = x_hat[:, c] w[c] + b[c]`` of ``[N, C, *S]``, x_hat normalised group by group."""
 
     def num_groups(self, module: nn.Module) -> int:
@@ -109,18 +101,21 @@ class GroupNormRule(ScaleRule):
         assert isinstance(module, nn.GroupNorm)
         return module.num_groups
 
-    def x_hat(self, module: nn.Module, x: Tensor) -> Tensor:
-        """The layer's output for a weight of ones and a bias of zeros."""
-        eps: Any = module.eps
-        return F.group_norm(x.flatten(0, 1), self.num_groups(module), eps=eps).view_as(x)
-
     def input_dims(self, module: nn.Module) -> int | None:
         """All but the samples: the channels, and positions of any number of dimensions."""
         return None
 
-    def rows(self, tensor: Tensor) -> Tensor:
-        """The weight has an entry by channel: positions are summed like tokens."""
-        return tensor.movedim(2, -1)
+    def output_dims(self, module: nn.Module) -> int | None:
+        """The same."""
+        return self.input_dims(module)
+
+    def sample_grads(self, module: nn.Module, x: Tensor, grad_out: Tensor) -> dict[str, Tensor]:
+        """``sum_tp grad_out x_hat`` and ``sum_tp grad_out`` over calls and positions: small."""
+        eps: Any = module.eps
+        x = x.to(grad_out.dtype).flatten(0, 1)
+        x_hat = F.group_norm(x, self.num_groups(module), eps=eps).view_as(grad_out)
+        others = [d for d in range(grad_out.dim()) if d not in (0, 2)]
+        return {"weight": (grad_out * x_hat).sum(others), "bias": grad_out.sum(others)}
 
 
 class InstanceNormRule(GroupNormRule):
