@@ -37,7 +37,7 @@ CLASSES, CAUSAL = {"task_type": "SEQ_CLS"}, {"task_type": "CAUSAL_LM"}
 SEQUENCES = {"task_type": "SEQ_2_SEQ_LM"}
 EMBEDDING = {"target_modules": ["word_embeddings"]}
 TOKENS = list(range(2, 30))
-LORA, DORA = {"fused": "lora_A lora_B"}, {"loop": "lora_A lora_B lora_magnitude_vector"}
+LORA, DORA = {"fused": "lora_A lora_B"}, {"fused": "lora_A lora_B lora_magnitude_vector"}
 VIRTUAL, HEAD = {"num_virtual_tokens": 3}, "modules_to_save modules_to_save.bias"
 BOTTLENECK = {"fused": "adapter_down* adapter_up* classifier*"}
 
@@ -64,17 +64,11 @@ METHODS = (
     Method("LoRA on Conv2d", "LoraConfig", LORA, base="images"),
     Method("LoRA on Embedding", "LoraConfig", {"loop": "lora_embedding_*"}, EMBEDDING),
     Method("DoRA", "LoraConfig", DORA, {"use_dora": True}),
-    Method(
-        "DoRA on Conv2d",
-        "LoraConfig",
-        {**LORA, "loop": "lora_magnitude_vector"},
-        {"use_dora": True},
-        "images",
-    ),
+    Method("DoRA on Conv2d", "LoraConfig", DORA, {"use_dora": True}, "images"),
     Method(
         "DoRA on Embedding",
         "LoraConfig",
-        {"loop": "lora_embedding_* lora_magnitude_vector"},
+        {"loop": "lora_embedding_*", "fused": "lora_magnitude_vector"},
         {"use_dora": True, **EMBEDDING},
     ),
     Method(
@@ -87,7 +81,7 @@ METHODS = (
     Method(
         "KaSA",
         "LoraConfig",
-        {**LORA, "loop": "lora_diag"},
+        {"fused": "lora_A lora_B lora_diag"},
         lambda *_: {"kasa_config": imported("peft").KasaConfig()},
     ),
     Method(
@@ -104,8 +98,8 @@ METHODS = (
     ),
     # Relatives of LoRA
     Method("AdaLoRA", "AdaLoraConfig", {"loop": "lora_A lora_B lora_E"}, {"total_step": 10}),
-    Method("VeRA", "VeraConfig", {"loop": "vera_lambda_*"}, {"r": 4}),
-    Method("PVeRA", "PveraConfig", {"loop": "pvera_lambda_*"}, {"r": 4}),
+    Method("VeRA", "VeraConfig", {"fused": "vera_lambda_*"}, {"r": 4}),
+    Method("PVeRA", "PveraConfig", {"fused": "pvera_lambda_*"}, {"r": 4}),
     Method("RandLoRA", "RandLoraConfig", {"loop": "randlora_*"}, {"r": 4}),
     Method("VB-LoRA", "VBLoRAConfig", {"loop": "vblora_*"}, {"vector_length": 4, "num_vectors": 6}),
     Method("Uni-LoRA", "UniLoraConfig", {"loop": "unilora_theta_d"}),
@@ -147,7 +141,7 @@ METHODS = (
         {"r": 0, "oft_block_size": 4, "target_modules": ["layer.0.convolution"]},
         "images",
     ),
-    Method("BOFT", "BOFTConfig", {"loop": "boft_R boft_s"}, {"boft_block_size": 4}),
+    Method("BOFT", "BOFTConfig", {"loop": "boft_R", "fused": "boft_s"}, {"boft_block_size": 4}),
     Method(
         "BOFT on Conv2d",
         "BOFTConfig",
@@ -157,10 +151,15 @@ METHODS = (
     ),
     Method("HRA", "HRAConfig", {"loop": "hra_u"}, {"r": 4}),
     Method("PSOFT", "PsoftConfig", {"loop": "psoft_R vector_*"}, {"r": 4}),
-    Method("RoAd", "RoadConfig", {"loop": "road_*"}, {"group_size": 4}),
+    Method("RoAd", "RoadConfig", {"fused": "road_*"}, {"group_size": 4}),
     Method("MiSS", "MissConfig", {"loop": "miss_block"}, {"r": 4}),
     Method("OSF", "OSFConfig", {"loop": "?_low"}),
-    Method("FRoD", "FrodConfig", {"loop": "frod_lambda_*"}, {"progressbar": False}),
+    Method(
+        "FRoD",
+        "FrodConfig",
+        {"fused": "frod_lambda_l", "loop": "frod_lambda_s_values"},
+        {"progressbar": False},
+    ),
     Method("AdaMSS", "AdamssConfig", {"loop": "adamss_*"}),
     Method("DEFT", "DeftConfig", {"loop": "deft_*"}, {"r": 4}),
     Method("PEANuT", "PeanutConfig", {"loop": "peanut_*"}, {"r": 4}),
@@ -168,11 +167,11 @@ METHODS = (
     Method(
         "IA3",
         "IA3Config",
-        {"loop": "ia3_l"},
+        {"fused": "ia3_l"},
         {"target_modules": ["value", "output.dense"], "feedforward_modules": ["output.dense"]},
     ),
-    Method("IA3 on Conv2d", "IA3Config", {"loop": "ia3_l"}, {"feedforward_modules": []}, "images"),
-    Method("BEFT", "BeftConfig", {"loop": "beft_bias"}),
+    Method("IA3 on Conv2d", "IA3Config", {"fused": "ia3_l"}, {"feedforward_modules": []}, "images"),
+    Method("BEFT", "BeftConfig", {"fused": "beft_bias"}),
     Method(
         "LN tuning",
         "LNTuningConfig",
@@ -289,7 +288,7 @@ METHODS = (
     Method(
         "LLaMA-Adapter",
         "AdaptionPromptConfig",
-        {"loop": "adaption_*"},
+        {"loop": "adaption_prompt", "fused": "adaption_gate"},
         {"target_modules": None, "adapter_len": 3, "adapter_layers": 1, **CAUSAL},
         "decoder",
     ),
@@ -332,7 +331,7 @@ METHODS = (
     Method(
         "Compacter",
         "CompacterConfig",
-        {"loop": "W_left W_right b phm_rule", "fused": "classifier*"},
+        {"loop": "W_left W_right phm_rule", "fused": "b classifier*"},
         {"reduction_factor": 4},
         package="adapters",
     ),

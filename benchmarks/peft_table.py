@@ -32,7 +32,7 @@ COLUMNS = (
     *("date", "commit", "fishkern", "torch", "machine", "threads", "package", "version"),
     *("transformers", "method", "model", "routes", "error", "cost", "rounds", "note"),
 )
-SAMPLES, TOKENS = 32, 32  # of the batch that is timed
+SAMPLES, TOKENS = 16, 32  # of the batch that is timed
 FISHKERN, ORDINARY = "fishkern", "ordinary pass"
 ROUTES = ("fused", "vmap", "loop")  # from the fastest to the slowest
 
@@ -54,10 +54,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     for method in (bar := tqdm(chosen, unit="method", disable=None)):
         bar.set_postfix_str(method.name)
         try:
-            row = measure(method, "tiny" if args.quick else "large", args.seconds)
+            row = examine(method)
         except Missing as reason:
             tqdm.write(f"{method.name}: {reason}; its row stays as it was")
             continue
+        if not args.times:
+            before = rows.get(method.name, {})
+            row |= {key: before.get(key, "") for key in ("model", "cost", "rounds")}
+        elif "error" in row:
+            row |= measure(method, "tiny" if args.quick else "large", args.seconds)
         faults += [f"{method.name}: {fault}" for fault in faults_of(method, row)]
         rows[method.name] = row
         write_rows(args.csv, rows)
@@ -68,8 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(bool(faults))
 
 
-def measure(method: Method, size: str, seconds: float) -> Row:
-    """The row of one method: exact on the tiny model, timed on one of the given size."""
+def examine(method: Method) -> Row:
+    """Where it was, which ways the scores went, and how exact they are, on the tiny model."""
     model = method.build()
     row = {key: value for key, value in describe("cpu").items() if key in COLUMNS}
     row |= {"package": method.package, "version": version(method.package)}
@@ -83,11 +88,15 @@ def measure(method: Method, size: str, seconds: float) -> Row:
     truth = fisher_oracle(widened(model), [batch], _summed(method), list(scores))
     row |= {"routes": _routes_text(method, scores.routes)}
     row |= {"error": f"{score_error(scores, truth)[0]:.1e}"}
+    return {**row, "note": "" if method.default_loss else "with a loss_fn"}
+
+
+def measure(method: Method, size: str, seconds: float) -> Row:
+    """What scoring costs on a model of the given size."""
     model = method.build(size).eval()
     times = alternate(_runs(method, model), "cpu", seconds, min_rounds=3)
-    row |= {"cost": f"{median_ratio(times, FISHKERN, ORDINARY):.2f}"}
-    row |= {"model": _described(model), "rounds": len(times[FISHKERN])}
-    return {**row, "note": "" if method.default_loss else "with a loss_fn"}
+    cost = f"{median_ratio(times, FISHKERN, ORDINARY):.2f}"
+    return {"model": _described(model), "cost": cost, "rounds": len(times[FISHKERN])}
 
 
 def _runs(method: Method, model: torch.nn.Module) -> dict[str, Run]:
@@ -195,7 +204,8 @@ def _costs(rows: Sequence[Row]) -> str:
         costs = [
             float(row["cost"])
             for row in rows
-            if max(ROUTES.index(r) for r, _ in _pairs(row["routes"])) == ROUTES.index(route)
+            if row["cost"]
+            and max(ROUTES.index(r) for r, _ in _pairs(row["routes"])) == ROUTES.index(route)
         ]
         if costs:
             middle = f"{statistics.median(costs):.2f}"
@@ -276,6 +286,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, help="to spend on each method's rounds (3)")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU (1)")
     parser.add_argument("--quick", action="store_true", help="time tiny models, three rounds each")
+    parser.add_argument(
+        "--no-times", dest="times", action="store_false", help="routes and errors; costs stay"
+    )
     parser.add_argument("--csv", type=Path, default=RESULTS / "peft.csv", help="the rows")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "peft.md")
     args = parser.parse_args(argv)
