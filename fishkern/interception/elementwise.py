@@ -20,12 +20,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from fishkern.interception.capture import Site, subclass
 from fishkern.interception.rules import Rule
@@ -139,14 +139,15 @@ class Tracked(Tensor):
     value: Tensor  # the plain tensor; its graph ends in the aliases
     sources: dict[Tensor, Site]  # the aliases in value's graph, and the parameters' sites
     consume: UseConsumer
-    settled: Tensor | None  # what was put in, once it met a function of another kind
+    #: What was put in, once it met a function of another kind: with or without gradient.
+    settled: dict[bool, Tensor]
 
     @staticmethod
     def make(value: Tensor, sources: dict[Tensor, Site], consume: UseConsumer) -> Tracked:
         """Track a plain tensor."""
         tracked = value.as_subclass(Tracked)
         tracked.value, tracked.sources, tracked.consume = value, sources, consume
-        tracked.settled = None
+        tracked.settled = {}
         return tracked
 
     def use(self, shape: torch.Size) -> Tensor:
@@ -164,9 +165,10 @@ class Tracked(Tensor):
 
     def settle(self) -> Tensor:
         """What is put in in its own shape, once and for all."""
-        if self.settled is None:
-            self.settled = self.use(self.value.shape)
-        return self.settled
+        mode = torch.is_grad_enabled()
+        if mode not in self.settled:
+            self.settled[mode] = self.use(self.value.shape)
+        return self.settled[mode]
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -184,22 +186,29 @@ class _Call:
         name = func.__self__.__name__ if self.reads else name
         self.in_place = name == "__setitem__" or (name.endswith("_") and name[-2:] != "__")
         self.name = name.strip("_")
-        leaves, self.spec = tree_flatten((args, kwargs))
-        self.leaves = [_current(leaf) for leaf in leaves]
-        self.tracked = [leaf for leaf in self.leaves if isinstance(leaf, Tracked)]
-        self.others = [
-            leaf
-            for leaf in self.leaves
-            if isinstance(leaf, Tensor) and not isinstance(leaf, Tracked)
-        ]
+        self.args, self.kwargs = _mapped(_current, args), _mapped(_current, kwargs)
+        self.tracked: list[Tracked] = []
+        self.others: list[Tensor] = []
+        _mapped(self.sort, (self.args, self.kwargs))
+
+    def sort(self, tensor: Tensor) -> None:
+        """Into the tracked ones and the others."""
+        if isinstance(tensor, Tracked):
+            self.tracked.append(tensor)
+        else:
+            self.others.append(tensor)
+
+    def first(self) -> bool:
+        """Whether the first argument is tracked."""
+        return bool(self.args) and isinstance(self.args[0], Tracked)
 
     def result(self) -> Any:
         """What the function returns, with tracked tensors followed or put in."""
         if not self.tracked or self.reads_off():
             return self.run(_value)
-        if self.in_place and self.leaves[0] is self.tracked[0]:
+        if self.in_place and self.first():
             return self.changed()
-        if self.name in EXPANDING and self.leaves[0] is self.tracked[0]:
+        if self.name in EXPANDING and self.first():
             return self.expanded()
         pointwise = self.name in POINTWISE
         if not self.others and (pointwise or len(self.tracked) == 1):
@@ -213,14 +222,17 @@ class _Call:
 
     def run(self, replace: Callable[[Tracked], Tensor]) -> Any:
         """Call the function with plain tensors."""
-        leaves = [replace(leaf) if isinstance(leaf, Tracked) else leaf for leaf in self.leaves]
-        args, kwargs = tree_unflatten(leaves, self.spec)
-        return self.func(*args, **kwargs)
+
+        def plain(tensor: Tensor) -> Tensor:
+            return replace(tensor) if isinstance(tensor, Tracked) else tensor
+
+        return self.func(*_mapped(plain, self.args), **_mapped(plain, self.kwargs))
 
     def shape(self) -> torch.Size:
-        """That of the result of a pointwise function."""
-        shapes = [tensor.shape for tensor in (*self.tracked, *self.others)]
-        return torch.broadcast_shapes(*shapes)  # type: ignore[no-any-return]
+        """That of the result of a pointwise function (torch.broadcast_shapes is slow)."""
+        shapes = [tensor.shape[::-1] for tensor in (*self.tracked, *self.others)]
+        axes = zip_longest(*shapes, fillvalue=1)
+        return torch.Size([min(axis) if 0 in axis else max(axis) for axis in axes][::-1])
 
     def reads_off(self) -> bool:
         """Whether no gradient leads through the function."""
@@ -243,7 +255,7 @@ class _Call:
         # Checkpointing lets nobody unpack twice what was saved, as two uses of the result would.
         with saved_tensors_hooks(_itself, _itself):
             result = self.run(_value)
-        return tree_map_only(Tensor, self.track, result)
+        return _mapped(self.track, result)
 
     def track(self, result: Tensor) -> Tensor:
         """The result is made of all that the tracked tensors are made of."""
@@ -257,19 +269,19 @@ class _Call:
 
     def changed(self) -> Tensor:
         """A tracked tensor changed in place."""
-        tracked: Tracked = self.leaves[0]
+        tracked: Tracked = self.args[0]
         follow = not self.others or self.is_constant()
         with saved_tensors_hooks(_itself, _itself):
             self.run(_value)
         if not follow:  # activations came in: from here on its gradient goes the ordinary way
-            tracked.settled = tracked.value
+            tracked.settled = {True: tracked.value, False: tracked.value}
             return tracked.value
         tracked.sources = self.sources()
         return tracked
 
     def expanded(self) -> Any:
         """Repetition along axes of length 1 is a use: they may become the samples'."""
-        tracked: Tracked = self.leaves[0]
+        tracked: Tracked = self.args[0]
         result = self.run(_value)
         if result.numel() == tracked.value.numel() or not _broadcasts(tracked.value, result):
             return self.followed()
@@ -277,15 +289,27 @@ class _Call:
         return put_in.clone() if self.name == "repeat" else put_in
 
 
-def _current(leaf: Any) -> Any:
+def _mapped(function: Callable[[Tensor], Any], value: Any) -> Any:
+    """The value with the function applied to each tensor in it, in as many lists as there are."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if type(value) in (tuple, list):
+        return type(value)([_mapped(function, part) for part in value])
+    if type(value) is dict:
+        return {key: _mapped(function, part) for key, part in value.items()}
+    return value
+
+
+def _current(tensor: Tensor) -> Tensor:
     """A tracked tensor only where it is still to be followed."""
-    if not isinstance(leaf, Tracked):
-        return leaf
-    if torch.is_grad_enabled() and leaf.value.grad_fn is None:
+    if not isinstance(tensor, Tracked):
+        return tensor
+    mode = torch.is_grad_enabled()
+    if mode and tensor.value.grad_fn is None:
         # Made where no gradient is recorded: a constant, or what an autograd function returned,
         # whose gradient goes the ordinary way.
-        return leaf.as_subclass(Tensor)
-    return leaf if leaf.settled is None else leaf.settled
+        return tensor.as_subclass(Tensor)
+    return tensor.settled.get(mode, tensor)
 
 
 def _value(tracked: Tracked) -> Tensor:

@@ -308,3 +308,14 @@ def test_the_module_is_as_before():
     assert type(module) is cls
     assert sorted(vars(module)) == attributes
     assert module["a"] is module._parameters["a"]
+
+
+def test_what_was_put_in_without_gradient_is_not_what_is_put_in_with_it():
+    def forward(m, x):
+        s = m.p.exp()
+        with torch.no_grad():
+            scale = nn.functional.layer_norm(x, (H,), s)
+        return x * scale + nn.functional.layer_norm(x, (H,), s)
+
+    _, collector = run(Module(forward, H), batch())
+    assert "p" in collector.strays
