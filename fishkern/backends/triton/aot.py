@@ -29,6 +29,7 @@ from triton.compiler import ASTSource
 
 from fishkern.backends.triton import INTERPRETED
 from fishkern.backends.triton.adamw import masked_adamw_
+from fishkern.backends.triton.conv import conv_fisher_
 from fishkern.backends.triton.embedding import embedding_fisher_
 from fishkern.backends.triton.fisher import linear_fisher_
 from fishkern.backends.triton.launch import Launch, collect
@@ -57,6 +58,7 @@ def variants(quick: bool = False) -> Iterator[tuple[str, Launch]]:
         yield _adamw(bf16, f32, torch.int32, masters=True)
         yield _embedding(bf16, scores=True)
         yield _norm(bf16, bf16, scores=True)
+        yield _conv(256, 256, (3, 3), bf16, scores=True)
         return
     for size_o, size_i in layers:
         for dtype in (bf16, f16, f32):
@@ -84,6 +86,20 @@ def variants(quick: bool = False) -> Iterator[tuple[str, Launch]]:
         yield _norm(None, dtype)
         yield _norm(dtype, dtype, bias=False)
     yield _norm(f32, bf16, scores=True)
+
+    for dtype in (bf16, f16, f32):
+        for scores in (False, True):
+            yield _conv(256, 256, (3, 3), dtype, scores)  # a residual network's
+            yield _conv(8, 256, (3, 3), dtype, scores)  # an adapter's
+            yield _conv(256, 8, (1, 1), dtype, scores)
+            yield _conv(32, 256, (3, 3), dtype, scores)
+            yield _conv(64, 64, (3, 3), dtype, scores)
+            yield _conv(256, 256, (3, 3), dtype, scores, groups=256)
+            yield _conv(512, 512, (3,), dtype, scores, stride=2)  # of sound
+            yield _conv(64, 3, (7, 7), dtype, scores, stride=2)
+        yield _conv(768, 3, (16, 16), dtype, stride=16)  # patches
+        yield _conv(64, 64, (3, 3, 3), dtype, scores=True)
+    yield _conv(256, 256, (3, 3), f32, scores=True, grad_dtype=bf16)
 
     for param, grad in ((f32, f32), (bf16, bf16), (f16, f16), (bf16, f32), (f16, f32)):
         for index in (torch.int32, torch.int64):
@@ -165,6 +181,39 @@ def _norm(
     return " ".join(
         ["norm", f"[{size}]", *words, *(name for name, on in flags.items() if on)]
     ), launches[0]
+
+
+def _conv(
+    outputs: int,
+    channels: int,
+    kernel: tuple[int, ...],
+    x_dtype: torch.dtype,
+    scores: bool = False,
+    groups: int = 1,
+    stride: int = 1,
+    grad_dtype: torch.dtype | None = None,
+) -> tuple[str, Launch]:
+    """What ``conv_fisher_`` launches for its weights; ``scores`` with a mask."""
+    dims, size = len(kernel), 64
+    padding = [k // 2 if stride < k else 0 for k in kernel]
+    positions = [(size + 2 * p - k) // stride + 1 for p, k in zip(padding, kernel, strict=True)]
+    weight = (outputs, channels // groups, *kernel)
+    grad_dtype = grad_dtype or x_dtype
+    with collect() as launches:
+        conv_fisher_(
+            _meta(*weight),
+            _meta(32, channels, *[size] * dims, dtype=x_dtype),
+            _meta(32, outputs, *positions, dtype=grad_dtype),
+            stride=[stride] * dims,
+            padding=padding,
+            dilation=[1] * dims,
+            groups=groups,
+            sample_scores=_meta(32) if scores else None,
+            mask=_meta(*weight, dtype=torch.bool) if scores else None,
+        )
+    words = [str(list(weight)).replace(" ", ""), f"stride={stride}", f"groups={groups}"]
+    types = [TYPES[x_dtype], TYPES[grad_dtype], *(["scores"] if scores else [])]
+    return " ".join(["conv", *words, *types]), launches[0]
 
 
 def _adamw(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from operator import mul
 
 import torch
 import triton
@@ -28,11 +29,16 @@ from fishkern.backends.triton.launch import Launch, run
 from fishkern.backends.triton.norm import norm_fisher_
 from fishkern.backends.triton.operands import TRITON_DTYPES, check_dtypes, strides
 
+MAX_REGISTERS = 255  # per thread, all there are: addresses need many
+
+# Further to the left than any entry or position of an input: what does not exist is put there.
+NOWHERE = tl.constexpr(-(2**30))
+
 
 @triton.jit
-def _inside(position, entry, size, padding):
-    """Where position (a column) and entry (a row) meet in the input's one dimension."""
-    at = position[:, None] + entry[None, :] - padding
+def _inside(position, entry, size):
+    """Where position (a column) and entry (a row) meet inside the input, in one dimension."""
+    at = position[:, None] + entry[None, :]
     return (at >= 0) & (at < size)
 
 
@@ -93,6 +99,7 @@ def _conv_fisher_kernel(
     stride_mo,
     stride_mf,
     DIMS: tl.constexpr,
+    INDEX: tl.constexpr,
     ADD: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
     BLOCK_O: tl.constexpr,
@@ -104,7 +111,8 @@ def _conv_fisher_kernel(
 
     Grid: (groups * tiles, splits). Spatial dimensions are the last DIMS of three. What split s
     finds goes to ``fisher_ptr + s * stride_fs``, added to what is there if ADD.
-    ``scores_ptr[program, n]`` gets the tile's share of sample n's score.
+    ``scores_ptr[program, n]`` gets the tile's share of sample n's score. INDEX: an integer type
+    that holds any distance inside a sample; half the registers go into addresses.
     """
     split = tl.program_id(1).to(tl.int64)
     first = split * samples_per_split
@@ -112,57 +120,58 @@ def _conv_fisher_kernel(
     program = tl.program_id(0)
     tiles_o = tl.cdiv(size_o, BLOCK_O)
     tiles_f = tl.cdiv(size_f, BLOCK_F)
-    group = (program // (tiles_o * tiles_f)).to(tl.int64)
+    group = program // (tiles_o * tiles_f)
     tile = program % (tiles_o * tiles_f)
     tile_o, tile_f = tl.swizzle2d(tile // tiles_f, tile % tiles_f, tiles_o, tiles_f, SWIZZLE)
     o = tile_o * BLOCK_O + tl.arange(0, BLOCK_O)
-    f = tile_f * BLOCK_F + tl.arange(0, BLOCK_F)
+    f = (tile_f * BLOCK_F + tl.arange(0, BLOCK_F)).to(INDEX)
     in_o = o < size_o
     in_f = f < size_f
     in_tile = in_o[:, None] & in_f[None, :]
-    row = group * size_o + o
+    row = (group * size_o + o).to(INDEX)
 
-    entry_2 = f % kernel_2 * dilation_2
-    entry_1 = f // kernel_2 % kernel_1 * dilation_1
-    entry_0 = f // (kernel_2 * kernel_1) % kernel_0 * dilation_0
+    entry_2 = f % kernel_2 * dilation_2 - padding_2
+    entry_1 = f // kernel_2 % kernel_1 * dilation_1 - padding_1
+    entry_0 = f // (kernel_2 * kernel_1) % kernel_0 * dilation_0 - padding_0
     channel = group * channels + f // (kernel_2 * kernel_1 * kernel_0)
-    of_entry = channel * stride_xc + (entry_2 - padding_2).to(tl.int64) * stride_x2
+    of_entry = channel * stride_xc + entry_2 * stride_x2
     if DIMS > 1:
-        of_entry += (entry_1 - padding_1).to(tl.int64) * stride_x1
+        of_entry += entry_1 * stride_x1
     if DIMS > 2:
-        of_entry += (entry_0 - padding_0).to(tl.int64) * stride_x0
+        of_entry += entry_0 * stride_x0
+    entry_2 = tl.where(in_f, entry_2, NOWHERE)
+    row_of_grad = row * stride_go
 
     squares = tl.zeros((BLOCK_O, BLOCK_F), tl.float32)
     for n in range(first, last):
         total = tl.zeros((BLOCK_O, BLOCK_F), tl.float32)
         for start in range(0, num_tokens, BLOCK_T):
-            t = start + tl.arange(0, BLOCK_T)
+            t = (start + tl.arange(0, BLOCK_T)).to(INDEX)
             in_t = t < num_tokens
             p_2 = t % output_2
             position_2 = p_2 * step_2
-            inside = in_t[:, None] & in_f[None, :]
-            inside &= _inside(position_2, entry_2, input_2, padding_2)
-            of_position = position_2.to(tl.int64) * stride_x2
-            of_grad = p_2.to(tl.int64) * stride_g2
+            of_position = position_2 * stride_x2
+            inside = _inside(tl.where(in_t, position_2, NOWHERE), entry_2, input_2)
+            of_grad = p_2 * stride_g2
             rest = t // output_2
             if DIMS > 1:
                 p_1 = rest % output_1
                 position_1 = p_1 * step_1
-                inside &= _inside(position_1, entry_1, input_1, padding_1)
-                of_position += position_1.to(tl.int64) * stride_x1
-                of_grad += p_1.to(tl.int64) * stride_g1
+                inside &= _inside(position_1, entry_1, input_1)
+                of_position += position_1 * stride_x1
+                of_grad += p_1 * stride_g1
                 rest = rest // output_1
             if DIMS > 2:
                 p_0 = rest % output_0
                 position_0 = p_0 * step_0
-                inside &= _inside(position_0, entry_0, input_0, padding_0)
-                of_position += position_0.to(tl.int64) * stride_x0
-                of_grad += p_0.to(tl.int64) * stride_g0
+                inside &= _inside(position_0, entry_0, input_0)
+                of_position += position_0 * stride_x0
+                of_grad += p_0 * stride_g0
                 rest = rest // output_0
-            of_position += rest.to(tl.int64) * stride_xt  # the call
-            of_grad += rest.to(tl.int64) * stride_gt
-            x_ptrs = x_ptr + n * stride_xn + of_position[:, None] + of_entry[None, :]
-            grad_ptrs = grad_ptr + n * stride_gn + row[:, None] * stride_go + of_grad[None, :]
+            of_position += rest * stride_xt  # the call
+            of_grad += rest * stride_gt
+            x_ptrs = x_ptr + n * stride_xn + (of_position[:, None] + of_entry[None, :])
+            grad_ptrs = grad_ptr + n * stride_gn + (row_of_grad[:, None] + of_grad[None, :])
             x = tl.load(x_ptrs, mask=inside, other=0.0).to(DOT_DTYPE)
             grad = tl.load(grad_ptrs, mask=in_o[:, None] & in_t[None, :], other=0.0)
             total = tl.dot(grad.to(DOT_DTYPE), x, total, input_precision="ieee")
@@ -170,13 +179,13 @@ def _conv_fisher_kernel(
         if scores_ptr is not None:
             counted = in_tile
             if mask_ptr is not None:
-                mask_ptrs = mask_ptr + row[:, None] * stride_mo + f[None, :] * stride_mf
+                mask_ptrs = mask_ptr + (row[:, None] * stride_mo + f[None, :] * stride_mf)
                 counted = tl.load(mask_ptrs, mask=in_tile, other=0) != 0
             score = tl.sum(tl.where(counted, total * total, 0.0))
             tl.store(scores_ptr + program.to(tl.int64) * num_samples + n, score)
 
-    fisher_ptrs = fisher_ptr + split * stride_fs + row[:, None] * stride_fo
-    fisher_ptrs += f[None, :] * stride_ff
+    of_weight = row[:, None] * stride_fo + f[None, :] * stride_ff
+    fisher_ptrs = fisher_ptr + split * stride_fs + of_weight
     if ADD:
         squares += tl.load(fisher_ptrs, mask=in_tile, other=0.0)
     tl.store(fisher_ptrs, squares, mask=in_tile)
@@ -238,9 +247,12 @@ def conv_fisher_(
     grad_out = grad_out.reshape(num_samples, num_calls, len(fisher), *ones, *positions)
     dot_dtype = torch.promote_types(x.dtype, grad_out.dtype)
 
-    config = config or choose_config(
-        size_o, size_f, num_tokens, dot_dtype, scores=sample_scores is not None, regular=False
-    )
+    if config is None:
+        config = choose_config(
+            size_o, size_f, num_tokens, dot_dtype, scores=sample_scores is not None, regular=False
+        )
+        if config.block_o * config.block_i >= 32 * 64:  # addresses fill the registers of 4 warps
+            config = config._replace(num_warps=8)
     num_tiles = triton.cdiv(size_o, config.block_o) * triton.cdiv(size_f, config.block_i)
     num_programs = groups * num_tiles
     splits = splits or choose_splits(num_programs, num_samples, config, x.device)
@@ -280,6 +292,7 @@ def conv_fisher_(
         **strides(out, "fs", "fo", "ff"),
         **strides(flat_mask, "mo", "mf"),
         "DIMS": dims,
+        "INDEX": _index_type(x, grad_out, out, flat_mask),
         "ADD": splits == 1 and joined,
         # The interpreter would multiply bfloat16's bits; in float32 the products are the same.
         "DOT_DTYPE": tl.float32 if INTERPRETED else TRITON_DTYPES[dot_dtype],
@@ -289,8 +302,19 @@ def conv_fisher_(
         "SWIZZLE": TILES_PER_SWIZZLE,
     }
     grid = (num_programs, splits)
-    run(Launch(_conv_fisher_kernel, grid, args, config.num_warps, config.num_stages), fisher.device)
+    launch = Launch(
+        _conv_fisher_kernel, grid, args, config.num_warps, config.num_stages, MAX_REGISTERS
+    )
+    run(launch, fisher.device)
     if not args["ADD"]:
         fisher += out.sum(0).view_as(fisher)
     if sample_scores is not None and scores is not None:
         sample_scores += scores.sum(0)
+
+
+def _index_type(x: Tensor, grad_out: Tensor, *flat: Tensor | None) -> tl.dtype:
+    """int32 where all distances inside a sample and inside the weights fit, with room to spare."""
+    shapes = [(t.shape[1:], t.stride()[1:]) for t in (x, grad_out)]
+    shapes += [(t.shape[-2:], t.stride()[-2:]) for t in flat if t is not None]
+    extents = [sum(map(mul, size, stride)) for size, stride in shapes]
+    return tl.int32 if max(extents) < 2**30 else tl.int64

@@ -22,15 +22,18 @@ class Launch(NamedTuple):
     args: dict[str, Any]
     num_warps: int
     num_stages: int
+    #: Where given, ptxas may use so many before it spills; else it spills to run more programs.
+    max_registers: int | None = None
 
     @property
     def options(self) -> dict[str, Any]:
         """How the kernel is compiled. Fused multiply-add is said aloud: its default will move."""
-        return {
+        options = {
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
             "enable_fp_fusion": True,
         }
+        return options if self.max_registers is None else {**options, "maxnreg": self.max_registers}
 
 
 _collected: list[Launch] | None = None
