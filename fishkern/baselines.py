@@ -162,7 +162,7 @@ def _gradients(
                 "loss_fn without detach(), item() or no_grad(), and name with params= parameters "
                 "that take part"
             )
-        backward(losses.mean())
+        backward(losses.mean(), candidates.values())
         with torch.no_grad():
             for name, param in candidates.items():
                 if param.grad is None:

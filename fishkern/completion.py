@@ -18,9 +18,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fishkern.interception import Site, elementwise
+from fishkern.interception import Rule, Site, elementwise
+from fishkern.interception.embedding import EmbeddingRule
+from fishkern.interception.linear import LinearRule
 from fishkern.packing import Packing
 from fishkern.sample_scores import SampleScores
+from fishkern.tied import HeadRows, head_rows, scatter_rows_
 
 Shape = tuple[int, ...]
 
@@ -69,6 +72,7 @@ class FisherAccumulator:
         self.params = params
         self.scores = scores
         self.by_sample = by_sample
+        self.tied: set[str] = set()  # scored by a formula that can round to less than zero
         self.layouts: dict[Site, list[Layout | None]] = {}
         self._begin()
 
@@ -77,13 +81,15 @@ class FisherAccumulator:
         self.broadcast: int | None = None
         self.packing: Packing | None = None
         self.expanded = False
-        self.in_forward = True
+        self.in_forward = self.recording = True
         self.calls: dict[Site, list[Shape]] = {}
         self.num_calls: Counter[str] = Counter()
         self.by_shape: dict[tuple[Site, Shape], Layout | None] = {}
         self.uses: dict[str, list[_Use]] = {}
         self.ready: dict[str, Tensor] = {}
         self.num_uses: Counter[str] = Counter()
+        self.lookups: dict[str, list[_Use]] = {}
+        self.head_rows: dict[str, HeadRows] = {}
         self.complete: set[str] = set()
         self.done: set[str] = set()
         self.strays: set[str] = set()
@@ -105,6 +111,7 @@ class FisherAccumulator:
         with ExitStack() as stack:
             stack.callback(self.uses.clear)
             stack.callback(self.ready.clear)
+            stack.callback(self.head_rows.clear)
             for name in names:
                 hook = self.params[name].register_hook(partial(self._completed, name))
                 stack.enter_context(hook)
@@ -121,22 +128,27 @@ class FisherAccumulator:
         if self.in_forward:
             self.calls.setdefault(site, []).append(tuple(x.shape))
             self.num_calls.update(site.names.values())
+            if self.recording and isinstance(site.rule, EmbeddingRule):
+                for name in site.names.values():
+                    self.lookups.setdefault(name, []).append(_Use(site, x, x))
         return x
 
     def forget_calls(self) -> None:
         """The forward pass starts again."""
         self.calls.clear()
         self.num_calls.clear()
+        self.lookups.clear()
 
     @contextmanager
     def aside(self) -> Iterator[dict[Site, list[Shape]]]:
         """The calls of a pass in between, which do not count and are not expanded."""
         before = self.calls, self.num_calls.copy(), self.broadcast, self.in_forward
-        self.calls, self.broadcast, self.in_forward = {}, None, True
+        self.calls, self.broadcast, self.in_forward, self.recording = {}, None, True, False
         try:
             yield self.calls
         finally:
             self.calls, self.num_calls, self.broadcast, self.in_forward = before
+            self.recording = True
 
     def end_forward(
         self,
@@ -241,14 +253,56 @@ class FisherAccumulator:
     def consume(self, site: Site, x: Tensor, grad_out: Tensor) -> tuple[()]:
         """Hold a use until its parameters are complete."""
         if self.by_shape.get((site, tuple(x.shape))) is None:
-            self.strays.update(site.names.values())
+            for name in site.names.values():
+                self._stray(name)
         for name in site.names.values():
-            if name in self.strays:
-                self._drop(name)
-            else:
+            if name not in self.strays:
                 self.uses.setdefault(name, []).append(_Use(site, x, grad_out))
                 self.num_uses[name] += 1
+                if name in self.lookups and isinstance(site.rule, LinearRule):
+                    self._consume_head(name)
         return ()
+
+    @torch.no_grad()
+    def _consume_head(self, name: str) -> None:
+        """Square a tied head at its turn, keeping only the rows that the embedding will need."""
+        heads = [use for use in self.uses[name] if isinstance(use.site.rule, LinearRule)]
+        lookups = self.lookups[name]
+        if len(heads) + len(lookups) < self.num_calls[name] or name in self.ready:
+            return  # more to come, perhaps of another kind: hold
+        layouts = [self.by_shape.get((use.site, tuple(use.x.shape))) for use in lookups]
+        if None in layouts or not _same_layer(lookups):
+            return
+        ids = _joined(tuple(self._samples_first(use, use.x, 0) for use in lookups))
+        xs, grads = zip(*(self._tensors(use) for use in heads), strict=True)
+        x, grad_out = _joined(xs), _joined(grads)
+        self.head_rows[name] = head_rows(ids, x, grad_out)
+        rule, module = heads[0].site.rule, heads[0].site.module
+        self._square(rule, module, {_local_name(heads[0].site, name): name}, x, grad_out)
+        self.uses[name] = [u for u in self.uses[name] if not isinstance(u.site.rule, LinearRule)]
+
+    def _accumulate_lookups(self, name: str) -> None:
+        """``2 H E + E^2``, with H of a head that was squared before."""
+        uses, rows = self.uses[name], self.head_rows[name]
+        self._drop(name)
+        if not uses:  # the embedding's output was detached
+            return
+        ids, grads = zip(*(self._tensors(use) for use in uses), strict=True)
+        x, grad_out = _joined(ids), _joined(grads)
+        module = uses[0].site.module
+        cross = rows.cross(x, grad_out)
+        padding_idx = getattr(module, "padding_idx", None)
+        if padding_idx is not None:
+            cross.masked_fill_((x == padding_idx).unsqueeze(-1), 0.0)
+        target = self._target(name, x.device)
+        if self.by_sample is None:
+            scatter_rows_(target, x, cross)
+        else:
+            self.by_sample.add_rows(name, target, x, cross)
+        self._finish(name, target)
+        local = _local_name(uses[0].site, name)
+        self._square(uses[0].site.rule, module, {local: name}, x, grad_out)
+        self.tied.add(name)
 
     def consume_elementwise(self, use: elementwise.Use, grad_out: Tensor) -> None:
         """Hold each sample's gradients of what was put in among activations."""
@@ -258,9 +312,8 @@ class FisherAccumulator:
         layout = layouts.pop() if len(layouts) == 1 else None
         by_sample = None if layout is None else self._by_sample(use, layout, grad_out)
         if by_sample is None:
-            self.strays.update(names)
             for name in names:
-                self._drop(name)
+                self._stray(name)
         elif not self.strays.issuperset(names):
             for site, grads in zip(use.sites, use.sample_grads(by_sample), strict=True):
                 for name in site.names.values():
@@ -295,16 +348,21 @@ class FisherAccumulator:
             return grad_out.movedim(layout.axis, 0)
         return grad_out.movedim(layout.axis, 0).unsqueeze(1 + layout.axis)
 
+    def _stray(self, name: str) -> None:
+        """Leave the parameter to another route; nothing of it may have been accumulated."""
+        self.strays.add(name)
+        self._drop(name)
+        if name in self.done:
+            self.spoiled.add(name)
+
     def _drop(self, name: str) -> None:
         self.uses.pop(name, None)
         self.ready.pop(name, None)
+        self.head_rows.pop(name, None)
 
     def _completed(self, name: str, grad: Tensor | None) -> None:
         if grad is not None:
-            self.strays.add(name)
-            self._drop(name)
-            if name in self.done:  # an earlier segment of reentrant checkpointing
-                self.spoiled.add(name)
+            self._stray(name)
         elif name in self.uses or name in self.ready:
             self.complete.add(name)
             if self.num_calls[name] > self.num_uses[name]:
@@ -327,10 +385,14 @@ class FisherAccumulator:
                 self._accumulate([name])
         self.complete.clear()
         self.num_uses.clear()
+        self.head_rows.clear()
 
     @torch.no_grad()  # also after the backward pass; x comes with the graph that made it
     def _accumulate(self, names: list[str]) -> None:
         """Join the uses of parameters that are used together, square, add."""
+        if names[0] in self.head_rows:
+            self._accumulate_lookups(names[0])
+            return
         uses = self.uses.get(names[0], [])
         local = {n: {_local_name(use.site, n) for use in uses} for n in names}
         if self.ready.keys() & names or not _same_layer(uses) or max(map(len, local.values())) > 1:
@@ -344,14 +406,21 @@ class FisherAccumulator:
             return
         rule, module = uses[0].site.rule, uses[0].site.module
         x, grad_out = _joined(xs), _joined(grads)
-        full = {local[n].pop(): n for n in names}
-        targets = {key: self._target(n, x.device) for key, n in full.items()}
+        self._square(rule, module, {local[n].pop(): n for n in names}, x, grad_out)
+        for name in names:
+            self._drop(name)
+
+    def _square(
+        self, rule: Rule, module: nn.Module, names: dict[str, str], x: Tensor, grad_out: Tensor
+    ) -> None:
+        """Add a layer's squares to the scores of its parameters, ``names`` by local names."""
+        targets = {local: self._target(name, x.device) for local, name in names.items()}
         if self.by_sample is None:
             rule.fisher_(module, targets, x, grad_out)
         else:
-            self.by_sample.add_layer(rule, module, targets, full, x, grad_out)
-        for key, name in full.items():
-            self._finish(name, targets[key])
+            self.by_sample.add_layer(rule, module, targets, names, x, grad_out)
+        for local, name in names.items():
+            self._finish(name, targets[local])
 
     def _accumulate_sums(self, name: str) -> None:
         """Uses of several kinds: the samples' gradients of each are added up, then squared.
@@ -380,12 +449,12 @@ class FisherAccumulator:
             else:
                 self.by_sample.add_squares(name, target, start, squares)
         self._finish(name, target)
+        self._drop(name)
 
     def _finish(self, name: str, target: Tensor) -> None:
         if target is not self.scores[name]:
             self.scores[name].add_(target.to(self.scores[name].device))
         self.done.add(name)
-        self._drop(name)
 
     def _tensors(self, use: _Use) -> tuple[Tensor, Tensor]:
         """The use's x and grad_out, ``[N, T, *features]`` each."""

@@ -44,15 +44,39 @@ class NoDropout(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def backward(loss: Tensor, retain_graph: bool = False) -> None:
-    """``loss.backward()`` without its dispatch.
+def backward(loss: Tensor, params: Iterable[nn.Parameter], retain_graph: bool = False) -> None:
+    """``loss.backward()`` without its dispatch, and for these parameters alone.
 
-    That would suspend ``NoDropout`` just where checkpointed layers run again.
+    The dispatch would suspend ``NoDropout`` just where checkpointed layers run again. What else
+    the graph leads to (an input that requires a gradient, a parameter of loss_fn's own) keeps the
+    ``.grad`` it has. (Autograd's ``inputs=`` would see to that, but not with reentrant
+    checkpointing.)
     """
-    torch.autograd.Variable._execution_engine.run_backward(
-        (loss,), (torch.ones_like(loss),), retain_graph, False, (),
-        allow_unreachable=True, accumulate_grad=True,
-    )  # fmt: skip
+    own = {id(param) for param in params}
+    others = [leaf for leaf in _leaves(loss) if id(leaf) not in own]
+    with _restored([_grad(leaf) for leaf in others]):
+        for leaf in others:
+            leaf.grad = None
+        torch.autograd.Variable._execution_engine.run_backward(
+            (loss,), (torch.ones_like(loss),), retain_graph, False, (),
+            allow_unreachable=True, accumulate_grad=True,
+        )  # fmt: skip
+
+
+def _leaves(output: Tensor) -> list[Tensor]:
+    """The tensors in the output's graph that a backward pass would leave a gradient at."""
+    leaves, seen, nodes = [], set(), [output.grad_fn]
+    if output.grad_fn is None:
+        return [output]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        nodes.extend(following for following, _ in node.next_functions)
+        if node.name() == "torch::autograd::AccumulateGrad":
+            leaves.append(node.variable)  # type: ignore[attr-defined]
+    return leaves
 
 
 @contextmanager
@@ -144,7 +168,7 @@ def _grad_flag(param: nn.Parameter) -> Restore:
     return lambda: param.requires_grad_(required)
 
 
-def _grad(param: nn.Parameter) -> Restore:
+def _grad(param: Tensor) -> Restore:
     grad = param.grad
     return lambda: setattr(param, "grad", grad)
 

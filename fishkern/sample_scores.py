@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fishkern.interception import Rule
 from fishkern.interception.rules import sum_by_sample
 from fishkern.masks import SparseMask
+from fishkern.tied import scatter_rows_
 
 __all__ = ["SampleScores"]
 
@@ -70,6 +71,14 @@ class SampleScores:
         if self._counts(name):
             sums = self._sums(squares.device)[start : start + len(squares)]
             sums += sum_by_sample(squares, self._mask(name, fisher))
+
+    def add_rows(self, name: str, fisher: Tensor, ids: Tensor, values: Tensor) -> None:
+        """What to add in each sample's rows: ids ``[N, T]``, values ``[N, T, H]``."""
+        scatter_rows_(fisher, ids, values)
+        if self._counts(name):
+            mask = self._mask(name, fisher)
+            sums = self._sums(values.device)
+            sums += sum_by_sample(values if mask is None else values * mask[ids], None)
 
     def _sum(self) -> Tensor:
         """``[N]`` of the batch, over all devices."""

@@ -82,8 +82,8 @@ class Scoring:
 
     def _find_elementwise(self) -> list[Site]:
         """A site for each parameter without a rule: perhaps it meets activations elementwise."""
-        covered = {name for site in self.sites.values() for name in site.names.values()}
-        names = {id(p): name for name, p in self.candidates.items() if name not in covered}
+        names = {id(param): name for name, param in self.candidates.items()}
+        covered = {(m, n) for m, site in self.sites.items() for n in site.names}
         accumulator = self.accumulator
         return [
             Site(m, elementwise.RULE, {n: names[id(p)]}, accumulator.consume, accumulator.called)
@@ -91,7 +91,7 @@ class Scoring:
             for n, p in m._parameters.items()
             if not hasattr(type(m), n)  # whoever reads it finds the class's own
             # An embedding with max_norm writes to its weight: nothing may stand in for it.
-            if id(p) in names and getattr(m, "max_norm", None) is None
+            if id(p) in names and (m, n) not in covered and getattr(m, "max_norm", None) is None
         ]
 
     def add_verified(self, batch: Any, size: int | None, count: int) -> int:
@@ -109,17 +109,20 @@ class Scoring:
         if size == 0:
             return 0
         if spoiled := self.accumulator.spoiled:
-            # Reentrant checkpointing runs the backward by segments: a use that no rule saw came
-            # after the others had been accumulated.
+            # A use that no rule saw came after others had been accumulated: a tied head's at its
+            # turn, and those in a segment of reentrant checkpointing, which has its own backward.
             if self.num_samples:
                 raise RuntimeError(
                     f"{sorted(spoiled)} are used outside their modules in a later batch only, "
-                    f"under reentrant checkpointing: use checkpointing with use_reentrant=False"
+                    f"where a tied head or reentrant checkpointing has no way back: let the first "
+                    f"batch be one with such a use, or checkpoint with use_reentrant=False"
                 )
             self._zero_scores()
             self.loop |= strays
             return self.add(batch, size)
         self.loop |= strays
+        for name in self.accumulator.tied:
+            self.scores[name].clamp_(min=0.0)
         self.one_sample_passes(batch, size, range(size), self.loop, self._add_square)
         if self.by_sample is not None:
             self.by_sample.end()
@@ -295,7 +298,7 @@ class Scoring:
     def _backward(self, loss: Tensor, batch: Any, retain_graph: bool = False) -> None:
         if loss.requires_grad:
             self.attached = True
-            backward(loss, retain_graph)
+            backward(loss, self.candidates.values(), retain_graph)
         elif not self.attached:
             # Perhaps none of these parameters took part: would any other?
             flags = [(param, param.requires_grad) for param in self.model.parameters()]

@@ -30,6 +30,7 @@ LAYERS = [
         "samples",
         "packing",
         "sample_scores",
+        "tied",
         "square_cache",
         "labels",
         "masks",

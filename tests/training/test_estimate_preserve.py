@@ -322,3 +322,30 @@ def test_scores_keep_no_graph():
     model = made()
     scores = estimate_fisher(model, batches(), loss_fn=squared_error, progress=False)
     assert not any(s.requires_grad or s.grad_fn for s in scores.values())
+
+
+@pytest.mark.parametrize("checkpointing", [None, False, True])
+@pytest.mark.parametrize("held", [False, True])
+def test_what_is_no_candidate_keeps_its_gradient(held, checkpointing):
+    """An input that requires one, a parameter of loss_fn's own; also where samples run alone."""
+    outside, x = nn.Parameter(torch.randn(2)), torch.randn(4, 3, requires_grad=True)
+    model = nn.ModuleDict({"fused": nn.Linear(3, 3), "loop": nn.Bilinear(3, 3, 2)})
+    before = [torch.ones_like(tensor) if held else None for tensor in (outside, x)]
+    outside.grad, x.grad = (None if grad is None else grad.clone() for grad in before)
+
+    def loss_fn(model, batch):
+        def layers(x):
+            y = model["fused"](x)
+            return model["loop"](y, y)
+
+        if checkpointing is None:
+            y = layers(batch[0])
+        else:
+            y = checkpoint(layers, batch[0], use_reentrant=checkpointing)
+        return (y * outside).square().sum(1)
+
+    batch = (x, torch.zeros(4))
+    scores = estimate_fisher(model, [batch], loss_fn=loss_fn, progress=False)
+    assert all(score.count_nonzero() for score in scores.values())
+    for tensor, grad in zip((outside, x), before, strict=True):
+        assert (tensor.grad is None) if grad is None else torch.equal(tensor.grad, grad)
