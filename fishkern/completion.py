@@ -306,7 +306,7 @@ class FisherAccumulator:
 
     def consume_elementwise(self, use: elementwise.Use, grad_out: Tensor) -> None:
         """Hold each sample's gradients of what was put in among activations."""
-        shape = tuple(use.shape)
+        shape = tuple(use.seen)
         names = [name for site in use.sites for name in site.names.values()]
         layouts = {self.by_shape.get((site, shape)) for site in use.sites}
         layout = layouts.pop() if len(layouts) == 1 else None

@@ -64,11 +64,11 @@ class Use:
     """One place where ``value = f(parameters)`` is put in among activations.
 
     ``sites``: the parameters', one for each time that f read one. ``shape``: that in which it was
-    put in, to which ``value`` broadcasts.
+    put in, to which ``value`` broadcasts. ``seen``: that which ``called`` was given.
     """
 
-    def __init__(self, tracked: Tracked, shape: torch.Size) -> None:
-        self.value, self.shape = tracked.value, shape
+    def __init__(self, tracked: Tracked, shape: torch.Size, seen: torch.Size) -> None:
+        self.value, self.shape, self.seen = tracked.value, shape, seen
         self.aliases, self.sites = tuple(tracked.sources), tuple(tracked.sources.values())
 
     def repeats(self, *axes: int) -> bool:
@@ -139,35 +139,45 @@ class Tracked(Tensor):
     value: Tensor  # the plain tensor; its graph ends in the aliases
     sources: dict[Tensor, Site]  # the aliases in value's graph, and the parameters' sites
     consume: UseConsumer
+    met: torch.Size | None  # the shape in which a constant first met it
     #: What was put in, once it met a function of another kind: with or without gradient.
     settled: dict[bool, Tensor]
 
     @staticmethod
-    def make(value: Tensor, sources: dict[Tensor, Site], consume: UseConsumer) -> Tracked:
+    def make(
+        value: Tensor,
+        sources: dict[Tensor, Site],
+        consume: UseConsumer,
+        met: torch.Size | None = None,
+    ) -> Tracked:
         """Track a plain tensor."""
         tracked = value.as_subclass(Tracked)
         tracked.value, tracked.sources, tracked.consume = value, sources, consume
-        tracked.settled = {}
+        tracked.met, tracked.settled = met, {}
         return tracked
 
-    def use(self, shape: torch.Size) -> Tensor:
-        """What is put in among tensors that broadcast to ``shape``."""
-        seen = self.value.detach().expand(shape)
+    def use(self, shape: torch.Size, met: torch.Size | None = None) -> Tensor:
+        """What is put in among tensors that broadcast to ``shape``, having met the first before."""
+        seen = self.value.new_empty(()).expand(shape if met is None else met)
         sites = dict.fromkeys(self.sources.values())
         for site in sites:
             if site.called is not None:
                 site.called(site, seen)
         if not torch.is_grad_enabled():
-            return seen
+            return self.value.expand(shape)
         params = [site.module._parameters[name] for site in sites for name in site.names]
-        y: Tensor = _PutIn.apply(Use(self, shape), self.consume, *params)  # type: ignore[no-untyped-call]
+        y: Tensor = _PutIn.apply(Use(self, shape, seen.shape), self.consume, *params)  # type: ignore[no-untyped-call]
         return y
 
     def settle(self) -> Tensor:
-        """What is put in in its own shape, once and for all."""
+        """What is put in in its own shape, once and for all.
+
+        If what it met was no constant but a single sample's activation, then that was the place
+        where, among several samples, it would have been put in.
+        """
         mode = torch.is_grad_enabled()
         if mode not in self.settled:
-            self.settled[mode] = self.use(self.value.shape)
+            self.settled[mode] = self.use(self.value.shape, self.met)
         return self.settled[mode]
 
     @classmethod
@@ -261,7 +271,10 @@ class _Call:
         """The result is made of all that the tracked tensors are made of."""
         if not result.is_floating_point() or (torch.is_grad_enabled() and not result.requires_grad):
             return result
-        return Tracked.make(result, self.sources(), self.tracked[0].consume)
+        met = next((t.met for t in self.tracked if t.met is not None), None)
+        if met is None and self.others:
+            met = result.shape
+        return Tracked.make(result, self.sources(), self.tracked[0].consume, met)
 
     def sources(self) -> dict[Tensor, Site]:
         """Of all tracked tensors."""
