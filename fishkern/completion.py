@@ -46,12 +46,17 @@ class Layout(NamedTuple):
     - in a later batch, if the share is what a tensor of the batch says at one of the ``places``
       where it did in the first batch (``[N, T, ...]`` says T): with padding left out, N * T
       tokens are all of them. Otherwise each sample is asked again.
+
+    N alone is a list, too, where the input is ``bare``, without an axis for tokens. It is doubted
+    in a later batch if samples had one token each in the first, or if the model gathers tokens
+    anywhere.
     """
 
     axis: int
     flattened: bool
     places: frozenset[Place] = frozenset()
     dims: int | None = None
+    bare: bool = False
 
 
 class _Use(NamedTuple):
@@ -72,6 +77,7 @@ class FisherAccumulator:
         self.params = params
         self.scores = scores
         self.by_sample = by_sample
+        self.gathers = False  # whether the model was seen to gather tokens into lists
         self.tied: set[str] = set()  # scored by a formula that can round to less than zero
         self.layouts: dict[Site, list[Layout | None]] = {}
         self._begin()
@@ -171,12 +177,26 @@ class FisherAccumulator:
             return
         if first is not None:
             self._find_layouts(first, token_counts)
+            ragged = any(self._is_ragged(site, first.get(site, [])) for site in self.calls)
+        else:
+            ragged = any(site not in self.layouts or self._misfits(site) for site in self.calls)
+        self.gathers = self.gathers or (num_samples > 1 and ragged)
         doubtful = {
             site
             for site, shapes in self.calls.items()
             for layout, shape in zip(self.layouts.get(site, []), shapes, strict=False)
-            if num_samples > 1 and not _is_certain(layout, shape, num_samples, token_counts)
+            if num_samples > 1
+            and layout is not None
+            and not (
+                _is_certain(layout, shape, num_samples, token_counts)
+                and not (layout.bare and self.gathers)
+            )
         }
+        self.gathers = self.gathers or any(
+            layout is not None and layout.flattened
+            for site in doubtful
+            for layout in self.layouts[site]
+        )
         if first is not None and any(self._casts_doubt(site, first) for site in self.calls):
             doubtful = set(self.calls)  # lists of tokens may also hold one of each by chance
         if doubtful:
@@ -195,6 +215,25 @@ class FisherAccumulator:
                     layout = None
                 if self.by_shape.setdefault((site, shape), layout) != layout:
                     self.by_shape[site, shape] = None
+
+    def _is_ragged(self, site: Site, ones: Sequence[Shape]) -> bool:
+        """Whether the site's inputs grow with the number of samples, but not as N times one's."""
+        layouts, shapes = self.layouts[site], self.calls[site]
+        return not len(layouts) == len(ones) == len(shapes) or any(
+            layout is None and one != shape
+            for layout, one, shape in zip(layouts, ones, shapes, strict=True)
+        )
+
+    def _misfits(self, site: Site) -> bool:
+        """Whether the site's inputs cannot have the layouts that they had."""
+        known, shapes = self.layouts[site], self.calls[site]
+        return None not in known and (
+            len(known) != len(shapes)
+            or any(
+                layout is not None and not layout_fits(layout, shape, self.num_samples)
+                for layout, shape in zip(known, shapes, strict=True)
+            )
+        )
 
     def _find_packed(self, packing: Packing, first: Mapping[Site, list[Shape]] | None) -> None:
         layout = Layout(0, flattened=False)
@@ -226,7 +265,7 @@ class FisherAccumulator:
         constant = site.rule is elementwise.RULE or any(
             layout is not None and (layout.dims or 0) > dims + 1 for layout in layouts
         )
-        if len(layouts) != len(shapes) or not constant:
+        if not len(layouts) == len(ones) == len(shapes) or not constant:
             return None in layouts
         return any(
             layout is None and shape != one
@@ -514,10 +553,9 @@ def find_layout(
     if len(grown) != 1 or many[grown[0]] != num_samples * one[grown[0]]:
         return None
     share = one[grown[0]]
-    if share == 1:
-        return Layout(grown[0], flattened=False, dims=len(many))
     places = frozenset(place for place, tokens in token_counts.items() if tokens == share)
-    return Layout(grown[0], flattened=True, places=places, dims=len(many))
+    bare = share == 1 and lead <= 1
+    return Layout(grown[0], share > 1, places, len(many), bare)
 
 
 def layout_fits(layout: Layout, shape: Shape, num_samples: int) -> bool:
@@ -537,9 +575,11 @@ def _share(layout: Layout, shape: Shape, num_samples: int) -> int | None:
 def _is_certain(
     layout: Layout | None, shape: Shape, num_samples: int, token_counts: Mapping[Place, int]
 ) -> bool:
-    """Whether the batch's tensors confirm a flattened layout; others need no confirmation."""
-    if layout is None or not layout.flattened:
+    """Whether the batch's tensors confirm a layout that may be of a list of tokens."""
+    if layout is None or not (layout.flattened or layout.bare):
         return True
+    if layout.bare:
+        return all(token_counts.get(place) == 1 for place in layout.places)
     share = _share(layout, shape, num_samples)
     return share is not None and any(token_counts.get(p) == share for p in layout.places)
 

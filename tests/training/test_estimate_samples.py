@@ -295,3 +295,42 @@ def test_a_bias_does_not_need_its_layers_input():
     assert scores.routes["layer.bias"] == "fused"
     truth = fisher_oracle(model, [batch], lambda *a: squared_error(*a).sum(), ["layer.bias"])
     assert_scores_match(scores, truth)
+
+
+@pytest.mark.parametrize("verify", [0, 2])
+@pytest.mark.parametrize(
+    "batches",
+    [
+        # single tokens first, later as many as there are samples, not one of each
+        [[(0,), (0,), (0,)], [(0, 0), (0, 1), (1, 1)]],
+        [[(0,), (0,), (0,)], [(0, 0), (0, 2), (2, 2)]],
+        # one of each first, and others elsewhere
+        [[(0, 1, 1), (1, 0, 1), (1, 1, 0)], [(0, 0, 1), (0, 1, 1), (1, 1, 1)]],
+        [[(0, 1, 1), (1, 0, 1), (1, 1, 0)], [(0, 0, 2), (0, 2, 2), (2, 2, 2)]],
+    ],
+)
+def test_as_many_tokens_as_samples_in_a_later_batch(batches, verify):
+    data, loss = [routed(*rows) for rows in batches], gathering_loss
+    assert_exact(Gathering(), data, lambda *a: loss(*a).sum(), loss_fn=loss, verify=verify)
+
+
+def test_single_outputs_of_each_sample_are_not_asked_for_again():
+    """Neither in a model without lists nor in one of flattened tokens."""
+
+    class Pooled(nn.Module):
+        def __init__(self, flat):
+            super().__init__()
+            self.flat, self.first, self.last = flat, nn.Linear(I, I), nn.Linear(I, O)
+
+        def forward(self, x):
+            y = self.first(x.flatten(0, 1)).view(x.shape) if self.flat else self.first(x)
+            return self.last(y.tanh().mean(1))
+
+    for flat in (False, True):
+        model, sizes = Pooled(flat), []
+        model.register_forward_pre_hook(
+            lambda module, args, sizes=sizes: sizes.append(len(args[0]))
+        )
+        data = [(torch.randn(N, t, I), torch.randn(N, O)) for t in (T, T, 7)]
+        assert set(score(model, data, verify=0).routes.values()) == {"fused"}
+        assert sizes[-2:] == [N, N]
