@@ -5,7 +5,6 @@
 #include <torch/csrc/stable/library.h>
 
 #include <optional>
-#include <utility>
 #include <vector>
 
 #include "cpu/fisher_blocks.h"
@@ -52,12 +51,6 @@ void linear_fisher_(Tensor fisher, Tensor x, Tensor grad_out, std::optional<Tens
     problem.mask = mask_values;
     problem.mask_row_stride = mask->stride(0);
     problem.mask_col_stride = mask->stride(1);
-  }
-  if (!sample_scores && num_tokens == 1) {
-    problem.squared = true;
-    std::swap(problem.samples, problem.tokens);
-    std::swap(problem.rows.sample_stride, problem.rows.token_stride);
-    std::swap(problem.cols.sample_stride, problem.cols.token_stride);
   }
   compute({problem}, score_data, sample_scores ? sample_scores->stride(0) : 0);
 }

@@ -74,6 +74,14 @@ def check_fisher_alone(x, grad_out, expected):
     assert_matches(fisher, expected, terms=len(x) * math.prod(x.shape[1:-1]))
 
 
+def check_without_scores(x, grad_out, op=linear_fisher_):
+    expected = truth(x, grad_out)[:2]
+    outputs = [torch.full_like(e, 0.5, dtype=torch.float32) for e in expected]
+    op(outputs[0], x, grad_out, bias_fisher=outputs[1])
+    for actual, e in zip(outputs, expected, strict=True):
+        assert_matches(actual, e + 0.5, terms=max(len(x), 1))
+
+
 def check_many_shapes():
     """Every shape in every dtype: what each instruction set is put through."""
     for shape, dtype in itertools.product(SHAPES + LARGE_SHAPES, DTYPES):
@@ -130,6 +138,32 @@ def test_linear_fisher_of_float64_inputs(backend, other):
                 linear_fisher_(torch.zeros(5, 6), x, grad_out)
         else:
             check(x, grad_out)
+
+
+SINGLE_TOKENS = [
+    *[(5, (), 13, 6), (150, (1,), 66, 194), (3, (1, 1), 401, 3)],
+    *[(0, (), 4, 3), (0, (1,), 4, 3), (3, (1,), 0, 4), (3, (1,), 4, 0), (1, (), 1, 1)],
+]
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+@pytest.mark.parametrize("shape", SINGLE_TOKENS, ids=str)
+def test_linear_fisher_of_single_tokens_is_of_float32_in_all_precisions(backend, shape, precision):
+    x, grad_out = problem(shape)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        check_without_scores(x, grad_out)
+        check_without_scores(x.to(torch.bfloat16), grad_out.to(torch.float16))
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SINGLE_TOKENS, ids=str)
+def test_linear_fisher_of_single_tokens_without_the_matrix_product(native, shape, dtype):
+    op = torch.ops.fishkern_native.linear_fisher_
+    check_without_scores(*problem(shape, dtype), op)
 
 
 @pytest.mark.parametrize("shape", LARGE_SHAPES, ids=str)

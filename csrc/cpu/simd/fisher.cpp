@@ -26,27 +26,27 @@ struct BiasSums {
   float* total;  // [size] over samples
 
   template <int kPanel>
-  void add(const float* panels, const Chunk& chunk, bool squared, int64_t size) const {
+  void add(const float* panels, const Chunk& chunk, int64_t size) const {
     for (int64_t begin = 0; begin < size; begin += kPanel) {
       const float* in = panels + begin * chunk.size();
       if (size - begin >= kPanel) {
-        add_panel<kPanel>(in, chunk, squared, begin, kPanel);  // a width known to the compiler
+        add_panel<kPanel>(in, chunk, begin, kPanel);  // a width known to the compiler
       } else {
-        add_panel<kPanel>(in, chunk, squared, begin, size - begin);
+        add_panel<kPanel>(in, chunk, begin, size - begin);
       }
     }
   }
 
   template <int kPanel>
-  [[gnu::always_inline]] inline void add_panel(const float* in, const Chunk& chunk, bool squared,
-                                               int64_t begin, int64_t width) const {
+  [[gnu::always_inline]] inline void add_panel(const float* in, const Chunk& chunk, int64_t begin,
+                                               int64_t width) const {
     for (int64_t n = 0; n < chunk.samples; ++n) {
       float s[kPanel];
       for (int64_t j = 0; j < width; ++j) s[j] = chunk.first ? 0.0f : sum[begin + j];
       for (int64_t t = 0; t < chunk.tokens; ++t, in += width)
         for (int64_t j = 0; j < width; ++j) s[j] += in[j];
       if (chunk.last) {
-        for (int64_t j = 0; j < width; ++j) total[begin + j] += squared ? s[j] : s[j] * s[j];
+        for (int64_t j = 0; j < width; ++j) total[begin + j] += s[j] * s[j];
       } else {
         for (int64_t j = 0; j < width; ++j) sum[begin + j] = s[j];
       }
@@ -105,11 +105,10 @@ class Block {
         const Chunk chunk{n,      min(samples, problem_.samples - n),
                           t,      min(tokens, problem_.tokens - t),
                           t == 0, t + tokens >= problem_.tokens};
-        const bool squared = problem_.squared;
-        pack_side<kTileRows, 1>(problem_.rows, squared, chunk, row_, rows_, packed_rows_);
-        pack_side<kTileCols, kWidth>(problem_.cols, squared, chunk, col_, cols_, packed_cols_);
-        if (row_bias) bias_.add<kTileRows>(packed_rows_, chunk, problem_.squared, rows_);
-        if (col_bias) bias_.add<kTileCols>(packed_cols_, chunk, problem_.squared, padded_cols_);
+        pack_side<kTileRows, 1>(problem_.rows, chunk, row_, rows_, packed_rows_);
+        pack_side<kTileCols, kWidth>(problem_.cols, chunk, col_, cols_, packed_cols_);
+        if (row_bias) bias_.add<kTileRows>(packed_rows_, chunk, rows_);
+        if (col_bias) bias_.add<kTileCols>(packed_cols_, chunk, padded_cols_);
         compute_chunk(chunk);
       }
     }
@@ -151,7 +150,6 @@ class Block {
           .partial_in = chunk.first ? nullptr : partial,
           .partial_out = chunk.last ? nullptr : partial,
           .fisher = fisher_ + offset,
-          .squared = problem_.squared,
           .mask = mask_ ? mask_ + offset : nullptr,
           .scores = scores_,
       };

@@ -18,7 +18,7 @@ struct Side : Operand {
   // Where given, bias[r * bias_stride] += sum_n (sum_t operand[n,t,r])^2.
   float* bias = nullptr;
   int64_t bias_stride = 0;
-  // Where given, how the operand is read, in place of its token_stride and stride; not squared.
+  // Where given, how the operand is read, in place of its token_stride and stride.
   const Window* window = nullptr;
 };
 
@@ -28,9 +28,6 @@ struct Problem {
   // fisher[r * row_stride + c * col_stride] += sum_n (sum_t rows[n,t,r] cols[n,t,c])^2.
   float* fisher;
   int64_t row_stride, col_stride;
-  // With one token per sample the square of the product is the product of the squares: samples
-  // are then passed as the tokens of a single one, and the operands squared as they are read.
-  bool squared = false;
   // Where given, scores[block * samples + n] = the block's part of the sum of the squares, of
   // those where mask[r * mask_row_stride + c * mask_col_stride], if there is a mask.
   double* scores = nullptr;

@@ -20,15 +20,9 @@ struct Chunk {
   int64_t size() const { return samples * tokens; }
 };
 
-template <typename T, bool kSquared>
-inline float element(const T* p) {
-  const float value = to_float(*p);
-  return kSquared ? value * value : value;
-}
-
 // Packs features [begin, begin + size) as panels of kPanel features, the last one of what is left,
 // rounded up to a multiple of kRound and filled with zeros.
-template <typename T, int kPanel, int kRound, bool kSquared>
+template <typename T, int kPanel, int kRound>
 void pack_as(const Operand& operand, const Chunk& chunk, int64_t begin, int64_t size, float* out) {
   const int64_t stride = operand.stride;
   const int64_t full = size / kPanel * kPanel, rest = size - full;
@@ -42,23 +36,23 @@ void pack_as(const Operand& operand, const Chunk& chunk, int64_t begin, int64_t 
       if (stride == 1) {
         for (int64_t p = 0; p < full; p += kPanel) {
           float* row = out + p * chunk.size() + k * kPanel;
-          for (int j = 0; j < kPanel; ++j) row[j] = element<T, kSquared>(in + p + j);
+          for (int j = 0; j < kPanel; ++j) row[j] = to_float(in[p + j]);
         }
       } else {
         for (int64_t p = 0; p < full; p += kPanel) {
           float* row = out + p * chunk.size() + k * kPanel;
-          for (int j = 0; j < kPanel; ++j) row[j] = element<T, kSquared>(in + (p + j) * stride);
+          for (int j = 0; j < kPanel; ++j) row[j] = to_float(in[(p + j) * stride]);
         }
       }
       float* row = out + full * chunk.size() + k * width;
-      for (int64_t j = 0; j < rest; ++j) row[j] = element<T, kSquared>(in + (full + j) * stride);
+      for (int64_t j = 0; j < rest; ++j) row[j] = to_float(in[(full + j) * stride]);
       for (int64_t j = rest; j < width; ++j) row[j] = 0.0f;
     }
   }
 }
 
 // The same where it is the tokens that lie one after another: each feature is read to its end.
-template <typename T, int kPanel, int kRound, bool kSquared>
+template <typename T, int kPanel, int kRound>
 void pack_across(const Operand& operand, const Chunk& chunk, int64_t begin, int64_t size,
                  float* out) {
   for (int64_t first = 0; first < size; first += kPanel) {
@@ -73,11 +67,9 @@ void pack_across(const Operand& operand, const Chunk& chunk, int64_t begin, int6
         if (j >= used) {
           for (int64_t t = 0; t < chunk.tokens; ++t) column[t * width] = 0.0f;
         } else if (width == kPanel) {
-          for (int64_t t = 0; t < chunk.tokens; ++t)
-            column[t * kPanel] = element<T, kSquared>(in + t);
+          for (int64_t t = 0; t < chunk.tokens; ++t) column[t * kPanel] = to_float(in[t]);
         } else {
-          for (int64_t t = 0; t < chunk.tokens; ++t)
-            column[t * width] = element<T, kSquared>(in + t);
+          for (int64_t t = 0; t < chunk.tokens; ++t) column[t * width] = to_float(in[t]);
         }
       }
     }
@@ -85,15 +77,11 @@ void pack_across(const Operand& operand, const Chunk& chunk, int64_t begin, int6
 }
 
 template <int kPanel, int kRound>
-void pack(const Operand& operand, bool squared, const Chunk& chunk, int64_t begin, int64_t size,
-          float* out) {
+void pack(const Operand& operand, const Chunk& chunk, int64_t begin, int64_t size, float* out) {
   const bool across = operand.token_stride == 1 && operand.stride != 1 && chunk.tokens > 1;
   const auto run = [&]<typename T>(T) {
-    if (across)
-      return squared ? pack_across<T, kPanel, kRound, true>(operand, chunk, begin, size, out)
-                     : pack_across<T, kPanel, kRound, false>(operand, chunk, begin, size, out);
-    squared ? pack_as<T, kPanel, kRound, true>(operand, chunk, begin, size, out)
-            : pack_as<T, kPanel, kRound, false>(operand, chunk, begin, size, out);
+    across ? pack_across<T, kPanel, kRound>(operand, chunk, begin, size, out)
+           : pack_as<T, kPanel, kRound>(operand, chunk, begin, size, out);
   };
   with_type(operand.dtype, run);
 }

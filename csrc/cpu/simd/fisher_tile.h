@@ -24,7 +24,6 @@ struct Tile {
   float* partial_in;   // [R][V * kWidth], where the sample's sum goes on, or null
   float* partial_out;  // where it is kept for the sample's next tokens, or null: it is complete
   float* fisher;       // [R][V * kWidth]
-  bool squared;        // the operands are: the complete sum is not to be squared
   const float* mask;   // [R][V * kWidth], bits all ones or zeros; null: no scores
   float* scores;       // [samples][kWidth]
 };
@@ -65,15 +64,9 @@ void compute_tile(Tile tile) {
       for_each_vector<R, V>([&](int r, int v, int at) { store(tile.partial_out + at, sum[r][v]); });
       continue;
     }
-    if (tile.squared) {
-      for_each_vector<R, V>([&](int r, int v, int at) {
-        store(tile.fisher + at, load(tile.fisher + at) + sum[r][v]);
-      });
-    } else {
-      for_each_vector<R, V>([&](int r, int v, int at) {
-        store(tile.fisher + at, multiply_add(sum[r][v], sum[r][v], load(tile.fisher + at)));
-      });
-    }
+    for_each_vector<R, V>([&](int r, int v, int at) {
+      store(tile.fisher + at, multiply_add(sum[r][v], sum[r][v], load(tile.fisher + at)));
+    });
     if (tile.mask) {
       Vec score = load(tile.scores + n * kWidth);
       for_each_vector<R, V>([&](int r, int v, int at) {

@@ -108,9 +108,8 @@ void pack_window_as(const Side& side, const Chunk& chunk, int64_t begin, int64_t
 
 // Packs either kind of operand.
 template <int kPanel, int kRound>
-void pack_side(const Side& side, bool squared, const Chunk& chunk, int64_t begin, int64_t size,
-               float* out) {
-  if (!side.window) return pack<kPanel, kRound>(side, squared, chunk, begin, size, out);
+void pack_side(const Side& side, const Chunk& chunk, int64_t begin, int64_t size, float* out) {
+  if (!side.window) return pack<kPanel, kRound>(side, chunk, begin, size, out);
   with_type(side.dtype, [&]<typename T>(T) {
     pack_window_as<T, kPanel, kRound>(side, chunk, begin, size, out);
   });

@@ -8,9 +8,35 @@ import torch
 from torch import Tensor
 
 
-def linear_fisher_(*args: Any, **kwargs: Any) -> None:
-    """See ``csrc/cpu/fisher.cpp``."""
-    torch.ops.fishkern_native.linear_fisher_(*args, **kwargs)
+def linear_fisher_(
+    fisher: Tensor,
+    x: Tensor,
+    grad_out: Tensor,
+    *,
+    bias_fisher: Tensor | None = None,
+    sample_scores: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> None:
+    """See ``csrc/cpu/fisher.cpp``, but samples of one token are torch's: their squares factor.
+
+    ``sum_n (g_n x_n^T)^2 = (g^2)^T x^2``, a plain matrix product, which torch may be allowed to do
+    in less than float32; then it is not asked.
+    """
+    precision = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
+    if (
+        x.shape[1:-1].numel() == 1
+        and sample_scores is None
+        and fisher.dtype == torch.float32
+        and precision in ("none", "ieee")
+    ):
+        squares = grad_out.flatten(1).float().square()
+        fisher.addmm_(squares.T, x.flatten(1).float().square())
+        if bias_fisher is not None:
+            bias_fisher += squares.sum(0)
+    else:
+        torch.ops.fishkern_native.linear_fisher_(
+            fisher, x, grad_out, bias_fisher=bias_fisher, sample_scores=sample_scores, mask=mask
+        )
 
 
 def embedding_fisher_(*args: Any, **kwargs: Any) -> None:
