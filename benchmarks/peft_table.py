@@ -246,7 +246,7 @@ with the reason.
   root mean square.
 - **cost**: the time of `estimate_fisher(verify=0)` over that of an ordinary forward and backward
   pass of the same {samples} samples of {tokens} tokens, which trains the same parameters. The two
-  alternate; the cost is the median of their ratios.
+  alternate; the cost is the median of their ratios. A row without a cost has not been timed.
 - **timed on**: the model, its size, and how many weights the method trains. Bert is
   all-MiniLM-L6-v2 with its real weights, the others have random weights.
 
@@ -254,13 +254,14 @@ Measured on: {where}.
 
 ## What each route costs
 
-- **fused**: a rule covers the layer; its kernel takes the place of the weight gradient in the one
-  backward pass. About the ordinary pass, with any number of samples.
+- **fused**: a rule covers the layer, and its kernel takes the place of the weight gradient in the
+  one backward pass; or the parameter is multiplied with activations entry by entry (or added to
+  them), where its gradient still has the samples. About the ordinary pass, with any number of them.
 - **vmap**: that one module is run again on its own inputs for the gradients of each sample. The
   ordinary pass, and these modules once more.
 - **loop**: a forward and backward pass for each sample of the batch, for these parameters alone;
-  the others stay on their own routes. Its price is what batching gives on the machine at hand: on
-  one thread a factor of two or so, on a GPU twenty and more.
+  the others stay on their own routes. Its price is what batching gives on the machine at hand: a
+  few times the ordinary pass on one thread of a CPU, more on a GPU.
 
 {costs}
 
