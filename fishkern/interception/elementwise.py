@@ -39,6 +39,12 @@ POINTWISE = {
     *("pow", "rpow", "float_power", "maximum", "minimum", "hypot", "atan2", "lerp"),
     *("addcmul", "addcdiv", "where", "masked_fill", "copy"),
 }
+#: Functions of one tensor that keep its entries apart, and their order.
+ENTRYWISE = POINTWISE | {
+    *("view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "squeeze", "unsqueeze"),
+    *("to", "type", "type_as", "float", "double", "half", "bfloat16", "contiguous", "clone"),
+    *("neg", "exp", "log", "sqrt", "square", "reciprocal", "abs", "tanh", "sigmoid", "softplus"),
+}
 #: Functions that repeat their tensor along axes of length 1.
 EXPANDING = {"expand", "expand_as", "broadcast_to", "repeat"}
 #: Attributes that a gradient leads through; all others are read off the tensor.
@@ -69,6 +75,7 @@ class Use:
 
     def __init__(self, tracked: Tracked, shape: torch.Size, seen: torch.Size) -> None:
         self.value, self.shape, self.seen = tracked.value, shape, seen
+        self.entrywise = tracked.entrywise
         self.aliases, self.sites = tuple(tracked.sources), tuple(tracked.sources.values())
 
     def repeats(self, *axes: int) -> bool:
@@ -93,23 +100,17 @@ class Use:
         if repeated := self._repeated():
             grad_out = grad_out.sum([1 + axis for axis in repeated], dtype=wide)
         grad, value = grad_out.to(wide).reshape(size, *self.value.shape), self.value
-        if len(self.aliases) == 1 and _same_entries(value, self.aliases[0]):
-            return [grad.reshape(size, *self.aliases[0].shape)]
-        grads = torch.autograd.grad(
-            value, self.aliases, grad.to(value.dtype), retain_graph=True, is_grads_batched=True
-        )
-        return [g.to(wide) for g in grads]
-
-
-def _same_entries(value: Tensor, alias: Tensor) -> bool:
-    """Whether value is the parameter's own memory, entry by entry in its order."""
-    return (
-        value.numel() == alias.numel()
-        and value.data_ptr() == alias.data_ptr()
-        and value.dtype == alias.dtype
-        and value.is_contiguous()
-        and alias.is_contiguous()
-    )
+        if not self.entrywise:
+            grads = torch.autograd.grad(
+                value, self.aliases, grad.to(value.dtype), retain_graph=True, is_grads_batched=True
+            )
+            return [g.to(wide) for g in grads]
+        (alias,) = self.aliases
+        grad = grad.reshape(size, *alias.shape)
+        if value.data_ptr() != alias.data_ptr():  # not the parameter's own memory
+            slope = torch.autograd.grad(value, alias, torch.ones_like(value), retain_graph=True)
+            grad = grad * slope[0]  # not in place: it may be what others get, too
+        return [grad]
 
 
 class _PutIn(torch.autograd.Function):
@@ -139,21 +140,17 @@ class Tracked(Tensor):
     value: Tensor  # the plain tensor; its graph ends in the aliases
     sources: dict[Tensor, Site]  # the aliases in value's graph, and the parameters' sites
     consume: UseConsumer
+    entrywise: bool  # whether each entry is made of the same entry of a single parameter
     met: torch.Size | None  # the shape in which a constant first met it
     #: What was put in, once it met a function of another kind: with or without gradient.
     settled: dict[bool, Tensor]
 
     @staticmethod
-    def make(
-        value: Tensor,
-        sources: dict[Tensor, Site],
-        consume: UseConsumer,
-        met: torch.Size | None = None,
-    ) -> Tracked:
+    def make(value: Tensor, sources: dict[Tensor, Site], consume: UseConsumer) -> Tracked:
         """Track a plain tensor."""
         tracked = value.as_subclass(Tracked)
         tracked.value, tracked.sources, tracked.consume = value, sources, consume
-        tracked.met, tracked.settled = met, {}
+        tracked.entrywise, tracked.met, tracked.settled = False, None, {}
         return tracked
 
     def use(self, shape: torch.Size, met: torch.Size | None = None) -> Tensor:
@@ -271,10 +268,21 @@ class _Call:
         """The result is made of all that the tracked tensors are made of."""
         if not result.is_floating_point() or (torch.is_grad_enabled() and not result.requires_grad):
             return result
-        met = next((t.met for t in self.tracked if t.met is not None), None)
-        if met is None and self.others:
-            met = result.shape
-        return Tracked.make(result, self.sources(), self.tracked[0].consume, met)
+        tracked = Tracked.make(result, self.sources(), self.tracked[0].consume)
+        tracked.entrywise = self.entrywise(result)
+        tracked.met = next((t.met for t in self.tracked if t.met is not None), None)
+        if tracked.met is None and self.others:
+            tracked.met = result.shape
+        return tracked
+
+    def entrywise(self, result: Tensor) -> bool:
+        """Whether each entry of the result is made of the same entry of a single parameter."""
+        return (
+            len(self.tracked) == 1
+            and self.tracked[0].entrywise
+            and self.name in ENTRYWISE
+            and result.numel() == self.tracked[0].value.numel()
+        )
 
     def sources(self) -> dict[Tensor, Site]:
         """Of all tracked tensors."""
@@ -289,7 +297,7 @@ class _Call:
         if not follow:  # activations came in: from here on its gradient goes the ordinary way
             tracked.settled = {True: tracked.value, False: tracked.value}
             return tracked.value
-        tracked.sources = self.sources()
+        tracked.entrywise, tracked.sources = self.entrywise(tracked.value), self.sources()
         return tracked
 
     def expanded(self) -> Any:
@@ -387,5 +395,6 @@ def _read(name: str, owner: nn.Module) -> Tensor:
     assert param is not None
     alias = param.view_as(param)
     tracked = Tracked.make(alias, {alias: sites[name]}, consume)
+    tracked.entrywise = True
     tracked._is_param = True  # isinstance(tracked, nn.Parameter) holds
     return tracked

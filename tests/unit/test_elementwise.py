@@ -248,6 +248,21 @@ def test_all_of_one_sample():
     torch.testing.assert_close(taken["p"], truth(module, x)["p"], rtol=1e-9, atol=1e-12)
 
 
+def test_the_gradient_of_others_stays_as_it_is():
+    """A sum gives the same tensor to both of its terms."""
+    module = Module(lambda m, x: x + m.p.exp(), 1, T, H).double()
+    x, own = batch(True).double()[:1], batch(True).double()[:1]
+    x.retain_grad()
+    own.retain_grad()
+    with tracked(
+        [Site(module, RULE, {"p": "p"}, None)],
+        lambda use, grad: use.sample_grads(grad[None]),
+    ):
+        module(x).sin().sum().backward()
+    module(own).sin().sum().backward()
+    torch.testing.assert_close(x.grad, own.grad)
+
+
 def test_tokens_and_samples_on_one_axis():
     module = Module(lambda m, x: x * m.p, H).double()
     x = batch().double()
