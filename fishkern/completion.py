@@ -10,7 +10,7 @@ functional use, say): what is held is dropped and the parameter is left to an ex
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import NamedTuple
@@ -21,42 +21,10 @@ from torch import Tensor, nn
 from fishkern.interception import Rule, Site, elementwise
 from fishkern.interception.embedding import EmbeddingRule
 from fishkern.interception.linear import LinearRule
+from fishkern.layouts import Layouts, Shape
 from fishkern.packing import Packing
 from fishkern.sample_scores import SampleScores
 from fishkern.tied import HeadRows, head_rows, scatter_rows_
-
-Shape = tuple[int, ...]
-
-
-#: Where a batch says how many tokens a sample has: see ``samples.token_counts``.
-Place = tuple[int, int]
-
-
-class Layout(NamedTuple):
-    """Where a module's input has its samples: an axis of length N, or N * T, sample by sample.
-
-    In packed batches it has them at the front, in ``[B, T]``, which is trusted if a sample alone
-    brings ``[1, its length]`` there.
-
-    The shape alone cannot tell N * T from a list of tokens gathered from all samples (padding
-    left out, tokens routed to an expert), so N * T is trusted only
-
-    - in the first batch, if each sample alone brings the same share (and N, too, in a model that
-      has such lists);
-    - in a later batch, if the share is what a tensor of the batch says at one of the ``places``
-      where it did in the first batch (``[N, T, ...]`` says T): with padding left out, N * T
-      tokens are all of them. Otherwise each sample is asked again.
-
-    N alone is a list, too, where the input is ``bare``, without an axis for tokens. It is doubted
-    in a later batch if samples had one token each in the first, or if the model gathers tokens
-    anywhere.
-    """
-
-    axis: int
-    flattened: bool
-    places: frozenset[Place] = frozenset()
-    dims: int | None = None
-    bare: bool = False
 
 
 class _Use(NamedTuple):
@@ -77,20 +45,15 @@ class FisherAccumulator:
         self.params = params
         self.scores = scores
         self.by_sample = by_sample
-        self.gathers = False  # whether the model was seen to gather tokens into lists
         self.tied: set[str] = set()  # scored by a formula that can round to less than zero
-        self.layouts: dict[Site, list[Layout | None]] = {}
+        self.layouts = Layouts()
         self._begin()
 
-    def _begin(self) -> None:
-        self.num_samples = 0
+    def _begin(self, packing: Packing | None = None) -> None:
+        self.layouts.begin(packing)
         self.broadcast: int | None = None
-        self.packing: Packing | None = None
         self.expanded = False
-        self.in_forward = self.recording = True
-        self.calls: dict[Site, list[Shape]] = {}
         self.num_calls: Counter[str] = Counter()
-        self.by_shape: dict[tuple[Site, Shape], Layout | None] = {}
         self.uses: dict[str, list[_Use]] = {}
         self.ready: dict[str, Tensor] = {}
         self.num_uses: Counter[str] = Counter()
@@ -111,8 +74,8 @@ class FisherAccumulator:
         expanded, so that the gradient at the output comes sample by sample. ``packing``: how the
         batch's samples are packed, if they are.
         """
-        self._begin()
-        self.broadcast, self.packing = broadcast, packing
+        self._begin(packing)
+        self.broadcast = broadcast
         self.strays = set(self.params).difference(names)  # scored elsewhere: nothing is held
         with ExitStack() as stack:
             stack.callback(self.uses.clear)
@@ -131,167 +94,34 @@ class FisherAccumulator:
         if self.broadcast and site.rule.broadcasts and x.dim() > 1 and len(x) == 1:
             x = x.expand(self.broadcast, *x.shape[1:])
             self.expanded = True
-        if self.in_forward:
-            self.calls.setdefault(site, []).append(tuple(x.shape))
+        if self.layouts.note(site, tuple(x.shape)):
             self.num_calls.update(site.names.values())
-            if self.recording and isinstance(site.rule, EmbeddingRule):
+            if isinstance(site.rule, EmbeddingRule):
                 for name in site.names.values():
                     self.lookups.setdefault(name, []).append(_Use(site, x, x))
         return x
 
     def forget_calls(self) -> None:
         """The forward pass starts again."""
-        self.calls.clear()
+        self.layouts.forget_calls()
         self.num_calls.clear()
         self.lookups.clear()
 
     @contextmanager
     def aside(self) -> Iterator[dict[Site, list[Shape]]]:
-        """The calls of a pass in between, which do not count and are not expanded."""
-        before = self.calls, self.num_calls.copy(), self.broadcast, self.in_forward
-        self.calls, self.broadcast, self.in_forward, self.recording = {}, None, True, False
+        """The inputs' shapes of a pass in between, which does not count and is not expanded."""
+        broadcast, self.broadcast = self.broadcast, None
         try:
-            yield self.calls
+            with self.layouts.aside() as calls:
+                yield calls
         finally:
-            self.calls, self.num_calls, self.broadcast, self.in_forward = before
-            self.recording = True
-
-    def end_forward(
-        self,
-        num_samples: int,
-        first: Mapping[Site, list[Shape]] | None,
-        alone: Callable[[int], Mapping[Site, list[Shape]]],
-        token_counts: Mapping[Place, int],
-    ) -> None:
-        """Find every input's sample axis, by the shapes of one-sample passes or known layouts.
-
-        Args:
-            num_samples: N.
-            first: The inputs' shapes of the first sample alone; None: layouts are known.
-            alone: The same of any sample.
-            token_counts: How many tokens a sample of this batch can have, by place.
-        """
-        self.in_forward, self.num_samples = False, num_samples
-        if self.packing is not None and num_samples > 1:
-            self._find_packed(self.packing, first)
-            return
-        if first is not None:
-            self._find_layouts(first, token_counts)
-            ragged = any(self._is_ragged(site, first.get(site, [])) for site in self.calls)
-        else:
-            ragged = any(site not in self.layouts or self._misfits(site) for site in self.calls)
-        self.gathers = self.gathers or (num_samples > 1 and ragged)
-        doubtful = {
-            site
-            for site, shapes in self.calls.items()
-            for layout, shape in zip(self.layouts.get(site, []), shapes, strict=False)
-            if num_samples > 1
-            and layout is not None
-            and not (
-                _is_certain(layout, shape, num_samples, token_counts)
-                and not (layout.bare and self.gathers)
-            )
-        }
-        self.gathers = self.gathers or any(
-            layout is not None and layout.flattened
-            for site in doubtful
-            for layout in self.layouts[site]
-        )
-        if first is not None and any(self._casts_doubt(site, first) for site in self.calls):
-            doubtful = set(self.calls)  # lists of tokens may also hold one of each by chance
-        if doubtful:
-            shares = [alone(n) for n in range(num_samples)]
-            for site in doubtful:
-                self.layouts[site] = _confirmed(
-                    self.layouts[site], self.calls[site], [alone.get(site, []) for alone in shares]
-                )
-        for site, shapes in self.calls.items():
-            known = self.layouts.get(site, [])
-            for call, shape in enumerate(shapes):
-                layout = known[call] if len(known) == len(shapes) else None
-                if num_samples == 1:
-                    layout = Layout(0, True)  # whatever the shape: all of it is the one sample
-                elif layout is not None and not layout_fits(layout, shape, num_samples):
-                    layout = None
-                if self.by_shape.setdefault((site, shape), layout) != layout:
-                    self.by_shape[site, shape] = None
-
-    def _is_ragged(self, site: Site, ones: Sequence[Shape]) -> bool:
-        """Whether the site's inputs grow with the number of samples, but not as N times one's."""
-        layouts, shapes = self.layouts[site], self.calls[site]
-        return not len(layouts) == len(ones) == len(shapes) or any(
-            layout is None and one != shape
-            for layout, one, shape in zip(layouts, ones, shapes, strict=True)
-        )
-
-    def _misfits(self, site: Site) -> bool:
-        """Whether the site's inputs cannot have the layouts that they had."""
-        known, shapes = self.layouts[site], self.calls[site]
-        return None not in known and (
-            len(known) != len(shapes)
-            or any(
-                layout is not None and not layout_fits(layout, shape, self.num_samples)
-                for layout, shape in zip(known, shapes, strict=True)
-            )
-        )
-
-    def _find_packed(self, packing: Packing, first: Mapping[Site, list[Shape]] | None) -> None:
-        layout = Layout(0, flattened=False)
-        for site, shapes in self.calls.items():
-            dims = site.rule.input_dims(site.module)
-            if first is not None:
-                self.layouts[site] = [
-                    layout if packing.is_first(one) and one[2:] == shape[2:] else None
-                    for one, shape in zip(first.get(site, []), shapes, strict=False)
-                ]
-            known = self.layouts.get(site, [])
-            for call, shape in enumerate(shapes):
-                fits = dims is not None and packing.fits(shape[: len(shape) - dims])
-                found = known[call] if fits and len(known) == len(shapes) else None
-                if self.by_shape.setdefault((site, shape), found) != found:
-                    self.by_shape[site, shape] = None
-
-    def _casts_doubt(self, site: Site, first: Mapping[Site, list[Shape]]) -> bool:
-        """Whether some input of the site may be a list of tokens gathered from all samples.
-
-        One that is the same for any number of samples is none: a parameter in its own shape, or a
-        matrix (DoRA puts an identity through its adapters) given to a layer whose other inputs
-        have an axis for the samples and one for the tokens.
-        """
-        layouts, shapes, ones = self.layouts[site], self.calls[site], first.get(site, [])
-        if any(layout is not None and layout.flattened for layout in layouts):
-            return True
-        dims = site.rule.input_dims(site.module) or 0
-        constant = site.rule is elementwise.RULE or any(
-            layout is not None and (layout.dims or 0) > dims + 1 for layout in layouts
-        )
-        if not len(layouts) == len(ones) == len(shapes) or not constant:
-            return None in layouts
-        return any(
-            layout is None and shape != one
-            for layout, shape, one in zip(layouts, shapes, ones, strict=True)
-        )
-
-    def _find_layouts(
-        self, first: Mapping[Site, list[Shape]], token_counts: Mapping[Place, int]
-    ) -> None:
-        for site, shapes in self.calls.items():
-            dims, ones = site.rule.input_dims(site.module), first.get(site, [])
-            same_calls = len(ones) == len(shapes)
-            self.layouts[site] = (
-                [
-                    find_layout(one, shape, self.num_samples, dims, token_counts)
-                    for one, shape in zip(ones, shapes, strict=True)
-                ]
-                if same_calls
-                else [None]
-            )
+            self.broadcast = broadcast
 
     # In the backward pass
 
     def consume(self, site: Site, x: Tensor, grad_out: Tensor) -> tuple[()]:
         """Hold a use until its parameters are complete."""
-        if self.by_shape.get((site, tuple(x.shape))) is None:
+        if self.layouts.of(site, tuple(x.shape)) is None:
             for name in site.names.values():
                 self._stray(name)
         for name in site.names.values():
@@ -309,7 +139,7 @@ class FisherAccumulator:
         lookups = self.lookups[name]
         if len(heads) + len(lookups) < self.num_calls[name] or name in self.ready:
             return  # more to come, perhaps of another kind: hold
-        layouts = [self.by_shape.get((use.site, tuple(use.x.shape))) for use in lookups]
+        layouts = [self.layouts.of(use.site, tuple(use.x.shape)) for use in lookups]
         if None in layouts or not _same_layer(lookups):
             return
         ids = _joined(tuple(self._samples_first(use, use.x, 0) for use in lookups))
@@ -347,9 +177,9 @@ class FisherAccumulator:
         """Hold each sample's gradients of what was put in among activations."""
         shape = tuple(use.seen)
         names = [name for site in use.sites for name in site.names.values()]
-        layouts = {self.by_shape.get((site, shape)) for site in use.sites}
+        layouts = {self.layouts.of(site, shape) for site in use.sites}
         layout = layouts.pop() if len(layouts) == 1 else None
-        by_sample = None if layout is None else self._by_sample(use, layout, grad_out)
+        by_sample = None if layout is None else self.layouts.by_sample(layout, use, grad_out)
         if by_sample is None:
             for name in names:
                 self._stray(name)
@@ -367,25 +197,6 @@ class FisherAccumulator:
             held = self.ready.get(name)
             self.ready[name] = grads if held is None else held + grads
             self.num_uses[name] += 1
-
-    def _by_sample(self, use: elementwise.Use, layout: Layout, grad_out: Tensor) -> Tensor | None:
-        """``[N, *]``, the rest as if each sample were alone; None where samples have own entries.
-
-        Broadcasting has to be what made the sample axis, or else a sample's gradient is not the
-        whole parameter's.
-        """
-        if self.num_samples == 1:
-            return grad_out.unsqueeze(0)
-        if self.packing is not None:
-            if not use.repeats(0, 1):
-                return None
-            return self.packing.by_sample(grad_out, fill=0.0).unsqueeze(1)
-        if not use.repeats(layout.axis):
-            return None
-        if layout.flattened:
-            grad_out = grad_out.unflatten(layout.axis, (self.num_samples, -1))
-            return grad_out.movedim(layout.axis, 0)
-        return grad_out.movedim(layout.axis, 0).unsqueeze(1 + layout.axis)
 
     def _stray(self, name: str) -> None:
         """Leave the parameter to another route; nothing of it may have been accumulated."""
@@ -469,10 +280,12 @@ class FisherAccumulator:
         uses, ready = self.uses.get(name, []), self.ready.get(name)
         tensors = [self._tensors(use) for use in uses]
         held = sum(tensor.numel() for pair in tensors for tensor in pair)
-        at_once = max(1, held // max(1, self.scores[name].numel())) if uses else self.num_samples
+        at_once = (
+            max(1, held // max(1, self.scores[name].numel())) if uses else self.layouts.num_samples
+        )
         device = tensors[0][1].device if ready is None else ready.device
         target = self._target(name, device)
-        for start in range(0, self.num_samples, at_once):
+        for start in range(0, self.layouts.num_samples, at_once):
             part = slice(start, start + at_once)
             sums = None if ready is None else ready[part]
             for use, (x, grad_out) in zip(uses, tensors, strict=True):
@@ -504,19 +317,9 @@ class FisherAccumulator:
     def _samples_first(
         self, use: _Use, tensor: Tensor, feature_dims: int | None, fill: float | None = None
     ) -> Tensor:
-        """``[N, T, *features]``; ``fill``: what shorter ones of packed samples end with."""
-        layout = self.by_shape[use.site, tuple(use.x.shape)]
+        layout = self.layouts.of(use.site, tuple(use.x.shape))
         assert layout is not None
-        lead = 1 if feature_dims is None else tensor.dim() - feature_dims
-        if lead == 0:  # a single vector is a single token
-            tensor, lead = tensor.unsqueeze(0), 1
-        if self.packing is not None and self.num_samples > 1:
-            return self.packing.by_sample(tensor, fill).flatten(1, lead - 1)
-        if layout.flattened:
-            tensor = tensor.unflatten(layout.axis, (self.num_samples, -1))
-            lead += 1
-        tensor = tensor.movedim(layout.axis, 0)
-        return tensor.flatten(1, lead - 1) if lead > 1 else tensor.unsqueeze(1)
+        return self.layouts.samples_first(layout, tensor, feature_dims, fill)
 
     def _target(self, name: str, device: torch.device) -> Tensor:
         scores = self.scores[name]
@@ -536,71 +339,6 @@ def _same_layer(uses: Sequence[_Use]) -> bool:
 def _joined(uses: tuple[Tensor, ...]) -> Tensor:
     """All uses along the token axis; of a single one no copy is made."""
     return uses[0] if len(uses) == 1 else torch.cat(uses, 1)
-
-
-def find_layout(
-    one: Shape,
-    many: Shape,
-    num_samples: int,
-    feature_dims: int | None,
-    token_counts: Mapping[Place, int],
-) -> Layout | None:
-    """The one axis that is N times as long for N samples as for one; None if there is none."""
-    lead = 1 if feature_dims is None else len(one) - feature_dims
-    if len(one) != len(many) or one[lead:] != many[lead:]:
-        return None
-    grown = [axis for axis in range(len(one)) if one[axis] != many[axis]]
-    if len(grown) != 1 or many[grown[0]] != num_samples * one[grown[0]]:
-        return None
-    share = one[grown[0]]
-    places = frozenset(place for place, tokens in token_counts.items() if tokens == share)
-    bare = share == 1 and lead <= 1
-    return Layout(grown[0], share > 1, places, len(many), bare)
-
-
-def layout_fits(layout: Layout, shape: Shape, num_samples: int) -> bool:
-    """Whether a later batch can have its samples where an earlier one had them."""
-    if layout.axis >= len(shape) or layout.dims not in (None, len(shape)):
-        return False
-    length = shape[layout.axis]
-    return length % num_samples == 0 if layout.flattened else length == num_samples
-
-
-def _share(layout: Layout, shape: Shape, num_samples: int) -> int | None:
-    """A sample's part of the flattened axis, if all parts are equal."""
-    fits = layout_fits(layout, shape, num_samples)
-    return shape[layout.axis] // num_samples if fits else None
-
-
-def _is_certain(
-    layout: Layout | None, shape: Shape, num_samples: int, token_counts: Mapping[Place, int]
-) -> bool:
-    """Whether the batch's tensors confirm a layout that may be of a list of tokens."""
-    if layout is None or not (layout.flattened or layout.bare):
-        return True
-    if layout.bare:
-        return all(token_counts.get(place) == 1 for place in layout.places)
-    share = _share(layout, shape, num_samples)
-    return share is not None and any(token_counts.get(p) == share for p in layout.places)
-
-
-def _confirmed(
-    layouts: Sequence[Layout | None], shapes: Sequence[Shape], samples: Sequence[Sequence[Shape]]
-) -> list[Layout | None]:
-    """The layouts of a site's inputs of which every sample alone brings its part."""
-    if any(not len(ones) == len(layouts) == len(shapes) for ones in samples):
-        return [None]
-    return [
-        layout
-        if layout is not None
-        and all(
-            layout.dims == len(ones[call])
-            and shape[layout.axis] == len(samples) * ones[call][layout.axis]
-            for ones in samples
-        )
-        else None
-        for call, (layout, shape) in enumerate(zip(layouts, shapes, strict=True))
-    ]
 
 
 def _local_name(site: Site, name: str) -> str:

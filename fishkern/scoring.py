@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from fishkern import samples
-from fishkern.completion import FisherAccumulator, Shape
+from fishkern.completion import FisherAccumulator
 from fishkern.interception import Site, elementwise, intercepted, rule_for
+from fishkern.layouts import Shape
 from fishkern.losses import LossFn, require_losses
 from fishkern.packing import packing_of
 from fishkern.preserve import backward
@@ -196,7 +197,7 @@ class Scoring:
             if same or not accumulator.expanded:
                 alone = partial(self._sample_shapes, batch, found)
                 counts = samples.token_counts(batch, found)
-                accumulator.end_forward(found, first, alone, counts)
+                accumulator.layouts.end_forward(found, first, alone, counts)
                 self._begin_samples(found)
                 for k, term in enumerate(losses[:, :only]):
                     self._backward(term.sum(), batch, retain_graph=k + 1 < len(losses))

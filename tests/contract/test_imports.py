@@ -29,6 +29,7 @@ LAYERS = [
     {
         "samples",
         "packing",
+        "layouts",
         "sample_scores",
         "tied",
         "square_cache",

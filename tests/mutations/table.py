@@ -14,6 +14,7 @@ TESTS = "tests/training/test_estimate_pitfalls.py"
 REFERENCE = "backends/reference/fisher.py"
 TRITON = "backends/triton/fisher.py"
 COMPLETION = "completion.py"
+LAYOUTS = "layouts.py"
 
 _REFERENCE_SIZES = "    num_tokens = x.shape[1:-1].numel()  # not -1: a size may be 0\n"
 _FISHER = "rule.fisher_(module, targets, x, grad_out)"
@@ -221,14 +222,14 @@ MUTANTS = (
     Mutant(
         9,
         "the first axis has the samples, whatever was found",
-        _instead(COMPLETION, "tensor = tensor.movedim(layout.axis, 0)", "pass"),
+        _instead(LAYOUTS, "tensor = tensor.movedim(layout.axis, 0)", "pass"),
         "test_pitfall_09_the_order_of_samples_and_the_wrong_axis",
     ),
     Mutant(
         9,
         "an axis of length N is taken for the samples",
         _instead(
-            COMPLETION,
+            LAYOUTS,
             "layout = known[call] if len(known) == len(shapes) else None",
             "layout = (known[call] if len(known) == len(shapes) else None) or (\n"
             "                    Layout(0, False) if shape[0] == num_samples else None)",
@@ -239,9 +240,9 @@ MUTANTS = (
         9,
         "an axis of tokens is cut into N equal parts",
         _after(
-            COMPLETION,
-            '    """Whether every sample alone brings its part of each of the site\'s inputs."""\n',
-            "    return True\n",
+            LAYOUTS,
+            'of a site\'s inputs of which every sample alone brings its part."""\n',
+            "    return list(layouts)\n",
         ),
         "test_pitfall_09_sequences_of_unequal_lengths_end_to_end",
     ),

@@ -1,0 +1,327 @@
+"""Where each input of a forward pass has its samples: found by shape, never guessed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from torch import Tensor
+
+from fishkern.interception import Site, elementwise
+from fishkern.packing import Packing
+
+Shape = tuple[int, ...]
+
+#: Where a batch says how many tokens a sample has: see ``samples.token_counts``.
+Place = tuple[int, int]
+
+
+class Layout(NamedTuple):
+    """Where a module's input has its samples: an axis of length N, or N * T, sample by sample.
+
+    In packed batches it has them at the front, in ``[B, T]``, which is trusted if a sample alone
+    brings ``[1, its length]`` there.
+
+    The shape alone cannot tell N * T from a list of tokens gathered from all samples (padding
+    left out, tokens routed to an expert), so N * T is trusted only
+
+    - in the first batch, if each sample alone brings the same share (and N, too, in a model that
+      has such lists);
+    - in a later batch, if the share is what a tensor of the batch says at one of the ``places``
+      where it did in the first batch (``[N, T, ...]`` says T): with padding left out, N * T
+      tokens are all of them. Otherwise each sample is asked again.
+
+    N alone is a list, too, where the input is ``bare``, without an axis for tokens. It is doubted
+    in a later batch if samples had one token each in the first, or if the model gathers tokens
+    anywhere.
+    """
+
+    axis: int
+    flattened: bool
+    places: frozenset[Place] = frozenset()
+    dims: int | None = None
+    bare: bool = False
+
+
+class Layouts:
+    """The inputs of a batch's forward pass, and the layout of each.
+
+    Layouts are kept from batch to batch, call by call.
+    """
+
+    def __init__(self) -> None:
+        self.gathers = False  # whether the model was seen to gather tokens into lists
+        self._known: dict[Site, list[Layout | None]] = {}
+        self.begin(None)
+
+    def begin(self, packing: Packing | None) -> None:
+        """A batch begins. ``packing``: how its samples are packed, if they are."""
+        self.num_samples = 0
+        self.packing = packing
+        self._in_forward = self._recording = True
+        self._calls: dict[Site, list[Shape]] = {}
+        self._by_shape: dict[tuple[Site, Shape], Layout | None] = {}
+
+    def note(self, site: Site, shape: Shape) -> bool:
+        """Note an input of the forward pass; whether it counts.
+
+        Those that checkpointing computes again are not noted, those of passes aside do not count.
+        """
+        if self._in_forward:
+            self._calls.setdefault(site, []).append(shape)
+        return self._in_forward and self._recording
+
+    def forget_calls(self) -> None:
+        """The forward pass starts again."""
+        self._calls.clear()
+
+    @contextmanager
+    def aside(self) -> Iterator[dict[Site, list[Shape]]]:
+        """The inputs' shapes of a pass in between, which do not count."""
+        before = self._calls, self._in_forward, self._recording
+        self._calls, self._in_forward, self._recording = {}, True, False
+        try:
+            yield self._calls
+        finally:
+            self._calls, self._in_forward, self._recording = before
+
+    def of(self, site: Site, shape: Shape) -> Layout | None:
+        """The layout of an input of this shape; None where it has no axis of samples."""
+        return self._by_shape.get((site, shape))
+
+    def end_forward(
+        self,
+        num_samples: int,
+        first: Mapping[Site, list[Shape]] | None,
+        alone: Callable[[int], Mapping[Site, list[Shape]]],
+        token_counts: Mapping[Place, int],
+    ) -> None:
+        """Find every input's sample axis, by the shapes of one-sample passes or known layouts.
+
+        Args:
+            num_samples: N.
+            first: The inputs' shapes of the first sample alone; None: layouts are known.
+            alone: The same of any sample.
+            token_counts: How many tokens a sample of this batch can have, by place.
+        """
+        self._in_forward, self.num_samples = False, num_samples
+        if self.packing is not None and num_samples > 1:
+            self._find_packed(self.packing, first)
+            return
+        if first is not None:
+            self._find_layouts(first, token_counts)
+            ragged = any(self._is_ragged(site, first.get(site, [])) for site in self._calls)
+        else:
+            ragged = any(site not in self._known or self._misfits(site) for site in self._calls)
+        self.gathers = self.gathers or (num_samples > 1 and ragged)
+        doubtful = {
+            site
+            for site, shapes in self._calls.items()
+            for layout, shape in zip(self._known.get(site, []), shapes, strict=False)
+            if num_samples > 1
+            and layout is not None
+            and not (
+                _is_certain(layout, shape, num_samples, token_counts)
+                and not (layout.bare and self.gathers)
+            )
+        }
+        self.gathers = self.gathers or any(
+            layout is not None and layout.flattened
+            for site in doubtful
+            for layout in self._known[site]
+        )
+        if first is not None and any(self._casts_doubt(site, first) for site in self._calls):
+            doubtful = set(self._calls)  # lists of tokens may also hold one of each by chance
+        if doubtful:
+            shares = [alone(n) for n in range(num_samples)]
+            for site in doubtful:
+                self._known[site] = _confirmed(
+                    self._known[site], self._calls[site], [alone.get(site, []) for alone in shares]
+                )
+        for site, shapes in self._calls.items():
+            known = self._known.get(site, [])
+            for call, shape in enumerate(shapes):
+                layout = known[call] if len(known) == len(shapes) else None
+                if num_samples == 1:
+                    layout = Layout(0, True)  # whatever the shape: all of it is the one sample
+                elif layout is not None and not layout_fits(layout, shape, num_samples):
+                    layout = None
+                if self._by_shape.setdefault((site, shape), layout) != layout:
+                    self._by_shape[site, shape] = None
+
+    def _is_ragged(self, site: Site, ones: Sequence[Shape]) -> bool:
+        """Whether the site's inputs grow with the number of samples, but not as N times one's."""
+        layouts, shapes = self._known[site], self._calls[site]
+        return not len(layouts) == len(ones) == len(shapes) or any(
+            layout is None and one != shape
+            for layout, one, shape in zip(layouts, ones, shapes, strict=True)
+        )
+
+    def _misfits(self, site: Site) -> bool:
+        """Whether the site's inputs cannot have the layouts that they had."""
+        known, shapes = self._known[site], self._calls[site]
+        return None not in known and (
+            len(known) != len(shapes)
+            or any(
+                layout is not None and not layout_fits(layout, shape, self.num_samples)
+                for layout, shape in zip(known, shapes, strict=True)
+            )
+        )
+
+    def _find_packed(self, packing: Packing, first: Mapping[Site, list[Shape]] | None) -> None:
+        layout = Layout(0, flattened=False)
+        for site, shapes in self._calls.items():
+            dims = site.rule.input_dims(site.module)
+            if first is not None:
+                self._known[site] = [
+                    layout if packing.is_first(one) and one[2:] == shape[2:] else None
+                    for one, shape in zip(first.get(site, []), shapes, strict=False)
+                ]
+            known = self._known.get(site, [])
+            for call, shape in enumerate(shapes):
+                fits = dims is not None and packing.fits(shape[: len(shape) - dims])
+                found = known[call] if fits and len(known) == len(shapes) else None
+                if self._by_shape.setdefault((site, shape), found) != found:
+                    self._by_shape[site, shape] = None
+
+    def _casts_doubt(self, site: Site, first: Mapping[Site, list[Shape]]) -> bool:
+        """Whether some input of the site may be a list of tokens gathered from all samples.
+
+        One that is the same for any number of samples is none: a parameter in its own shape, or a
+        matrix (DoRA puts an identity through its adapters) given to a layer whose other inputs
+        have an axis for the samples and one for the tokens.
+        """
+        layouts, shapes, ones = self._known[site], self._calls[site], first.get(site, [])
+        if any(layout is not None and layout.flattened for layout in layouts):
+            return True
+        dims = site.rule.input_dims(site.module) or 0
+        constant = site.rule is elementwise.RULE or any(
+            layout is not None and (layout.dims or 0) > dims + 1 for layout in layouts
+        )
+        if not len(layouts) == len(ones) == len(shapes) or not constant:
+            return None in layouts
+        return any(
+            layout is None and shape != one
+            for layout, shape, one in zip(layouts, shapes, ones, strict=True)
+        )
+
+    def _find_layouts(
+        self, first: Mapping[Site, list[Shape]], token_counts: Mapping[Place, int]
+    ) -> None:
+        for site, shapes in self._calls.items():
+            dims, ones = site.rule.input_dims(site.module), first.get(site, [])
+            same_calls = len(ones) == len(shapes)
+            self._known[site] = (
+                [
+                    find_layout(one, shape, self.num_samples, dims, token_counts)
+                    for one, shape in zip(ones, shapes, strict=True)
+                ]
+                if same_calls
+                else [None]
+            )
+
+    # In the backward pass
+
+    def samples_first(
+        self,
+        layout: Layout,
+        tensor: Tensor,
+        feature_dims: int | None,
+        fill: float | None = None,
+    ) -> Tensor:
+        """``[N, T, *features]``; ``fill``: what shorter ones of packed samples end with."""
+        lead = 1 if feature_dims is None else tensor.dim() - feature_dims
+        if lead == 0:  # a single vector is a single token
+            tensor, lead = tensor.unsqueeze(0), 1
+        if self.packing is not None and self.num_samples > 1:
+            return self.packing.by_sample(tensor, fill).flatten(1, lead - 1)
+        if layout.flattened:
+            tensor = tensor.unflatten(layout.axis, (self.num_samples, -1))
+            lead += 1
+        tensor = tensor.movedim(layout.axis, 0)
+        return tensor.flatten(1, lead - 1) if lead > 1 else tensor.unsqueeze(1)
+
+    def by_sample(self, layout: Layout, use: elementwise.Use, grad_out: Tensor) -> Tensor | None:
+        """``[N, *]``, the rest as if each sample were alone; None where samples have own entries.
+
+        Broadcasting has to be what made the sample axis, or else a sample's gradient is not the
+        whole parameter's.
+        """
+        if self.num_samples == 1:
+            return grad_out.unsqueeze(0)
+        if self.packing is not None:
+            if not use.repeats(0, 1):
+                return None
+            return self.packing.by_sample(grad_out, fill=0.0).unsqueeze(1)
+        if not use.repeats(layout.axis):
+            return None
+        if layout.flattened:
+            grad_out = grad_out.unflatten(layout.axis, (self.num_samples, -1))
+            return grad_out.movedim(layout.axis, 0)
+        return grad_out.movedim(layout.axis, 0).unsqueeze(1 + layout.axis)
+
+
+def find_layout(
+    one: Shape,
+    many: Shape,
+    num_samples: int,
+    feature_dims: int | None,
+    token_counts: Mapping[Place, int],
+) -> Layout | None:
+    """The one axis that is N times as long for N samples as for one; None if there is none."""
+    lead = 1 if feature_dims is None else len(one) - feature_dims
+    if len(one) != len(many) or one[lead:] != many[lead:]:
+        return None
+    grown = [axis for axis in range(len(one)) if one[axis] != many[axis]]
+    if len(grown) != 1 or many[grown[0]] != num_samples * one[grown[0]]:
+        return None
+    share = one[grown[0]]
+    places = frozenset(place for place, tokens in token_counts.items() if tokens == share)
+    bare = share == 1 and lead <= 1
+    return Layout(grown[0], share > 1, places, len(many), bare)
+
+
+def layout_fits(layout: Layout, shape: Shape, num_samples: int) -> bool:
+    """Whether a later batch can have its samples where an earlier one had them."""
+    if layout.axis >= len(shape) or layout.dims not in (None, len(shape)):
+        return False
+    length = shape[layout.axis]
+    return length % num_samples == 0 if layout.flattened else length == num_samples
+
+
+def _share(layout: Layout, shape: Shape, num_samples: int) -> int | None:
+    """A sample's part of the flattened axis, if all parts are equal."""
+    fits = layout_fits(layout, shape, num_samples)
+    return shape[layout.axis] // num_samples if fits else None
+
+
+def _is_certain(
+    layout: Layout | None, shape: Shape, num_samples: int, token_counts: Mapping[Place, int]
+) -> bool:
+    """Whether the batch's tensors confirm a layout that may be of a list of tokens."""
+    if layout is None or not (layout.flattened or layout.bare):
+        return True
+    if layout.bare:
+        return all(token_counts.get(place) == 1 for place in layout.places)
+    share = _share(layout, shape, num_samples)
+    return share is not None and any(token_counts.get(p) == share for p in layout.places)
+
+
+def _confirmed(
+    layouts: Sequence[Layout | None], shapes: Sequence[Shape], samples: Sequence[Sequence[Shape]]
+) -> list[Layout | None]:
+    """The layouts of a site's inputs of which every sample alone brings its part."""
+    if any(not len(ones) == len(layouts) == len(shapes) for ones in samples):
+        return [None]
+    return [
+        layout
+        if layout is not None
+        and all(
+            layout.dims == len(ones[call])
+            and shape[layout.axis] == len(samples) * ones[call][layout.axis]
+            for ones in samples
+        )
+        else None
+        for call, (layout, shape) in enumerate(zip(layouts, shapes, strict=True))
+    ]
