@@ -190,7 +190,9 @@ class _Call:
     def __init__(self, func: Any, args: Any, kwargs: Any) -> None:
         self.func, name = func, getattr(func, "__name__", "")
         self.reads = name == "__get__"  # of an attribute
-        name = func.__self__.__name__ if self.reads else name
+        self.sets = name == "__set__"
+        if self.reads or self.sets:
+            name = getattr(func.__self__, "__name__", "")
         self.in_place = name == "__setitem__" or (name.endswith("_") and name[-2:] != "__")
         self.name = name.strip("_")
         self.args, self.kwargs = _mapped(_current, args), _mapped(_current, kwargs)
@@ -213,6 +215,8 @@ class _Call:
         """What the function returns, with tracked tensors followed or put in."""
         if not self.tracked or self.reads_off():
             return self.run(_value)
+        if self.sets:
+            return self.run(_own)
         if self.in_place and self.first():
             return self.changed()
         if self.name in EXPANDING and self.first():
@@ -335,6 +339,12 @@ def _current(tensor: Tensor) -> Tensor:
 
 def _value(tracked: Tracked) -> Tensor:
     return tracked.value
+
+
+def _own(tracked: Tracked) -> Tensor:
+    """What an attribute is set of: the parameter itself (``module.weight.data = ...``)."""
+    param = tracked.value._base if getattr(tracked, "_is_param", False) else None
+    return tracked.value if param is None else param
 
 
 def _itself(tensor: Tensor) -> Tensor:

@@ -305,6 +305,19 @@ def test_checkpointing(reentrant):
     torch.testing.assert_close(collector.grads["p"], expected, rtol=1e-9, atol=1e-12)
 
 
+def test_new_data_is_the_parameters():
+    def forward(m, x):
+        m.p.data = m.p.data * 2
+        return x * m.p
+
+    module = Module(forward, H).double()
+    before, x = module.p.detach().clone(), batch().double()
+    y, collector = run(module, x)
+    assert torch.equal(module.p, 2 * before)
+    assert torch.equal(y, x * 2 * before)
+    assert not collector.strays
+
+
 def test_the_module_is_as_before():
     module = nn.ParameterDict({"a": torch.ones(H), "b": torch.ones(H)})
     cls, attributes = type(module), sorted(vars(module))
