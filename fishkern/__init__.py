@@ -2,14 +2,15 @@
 
 from fishkern import functional
 from fishkern._dispatch import use_backend
-from fishkern.baselines import baseline_scores
-from fishkern.diagonal import FisherDiagonal
-from fishkern.fisher import FisherVerificationError, estimate_fisher
 from fishkern.ird import select_ird
-from fishkern.masks import SparseMask, select
 from fishkern.optim import FishSparseAdamW
 from fishkern.recipe import create_fish_optimizer
-from fishkern.train_only import attached, train_only
+from fishkern.scoring.baselines import baseline_scores
+from fishkern.scoring.diagonal import FisherDiagonal
+from fishkern.scoring.estimate import FisherVerificationError, estimate_fisher
+from fishkern.selection.masks import SparseMask
+from fishkern.selection.select import select
+from fishkern.training.train_only import attached, train_only
 
 __all__ = [
     "FishSparseAdamW",

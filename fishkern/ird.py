@@ -13,16 +13,17 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fishkern.fisher import scored, unwrap
+from fishkern.batches.losses import LossFn, default_loss
+from fishkern.batches.samples import can_slice, cut_batches, pick
 from fishkern.functional import topk_indices
-from fishkern.losses import LossFn, default_loss
-from fishkern.masks import SparseMask, select
 from fishkern.names import Patterns
-from fishkern.sample_scores import SampleScores
-from fishkern.samples import can_slice, cut_batches, pick
-from fishkern.scoring import Scoring
-from fishkern.square_cache import SquareCache, split
-from fishkern.verification import require_finite
+from fishkern.scoring.estimate import scored, unwrap
+from fishkern.scoring.passes import Scoring
+from fishkern.scoring.sample_scores import SampleScores
+from fishkern.scoring.square_cache import SquareCache, split
+from fishkern.scoring.verification import require_finite
+from fishkern.selection.masks import SparseMask
+from fishkern.selection.select import select
 
 __all__ = ["IRDResult", "IRDStep", "select_ird"]
 

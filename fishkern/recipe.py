@@ -12,22 +12,22 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from fishkern import samples
-from fishkern.diagonal import FisherDiagonal
-from fishkern.fisher import estimate_fisher
-from fishkern.losses import LossFn, default_loss
-from fishkern.masks import select as select_entries
+from fishkern.batches import samples
+from fishkern.batches.losses import LossFn, default_loss
 from fishkern.names import match, named_parameters
 from fishkern.optim import FishSparseAdamW
-from fishkern.preserve import (
+from fishkern.scoring.diagonal import FisherDiagonal
+from fishkern.scoring.estimate import estimate_fisher
+from fishkern.scoring.preserve import (
     hooks_aside,
     random_state,
     restored_attributes,
     restored_buffers,
 )
-from fishkern.ranking import SCOPES
-from fishkern.train_only import attached
-from fishkern.train_only import train_only as attach
+from fishkern.selection.ranking import SCOPES
+from fishkern.selection.select import select as select_entries
+from fishkern.training.train_only import attached
+from fishkern.training.train_only import train_only as attach
 
 __all__ = ["create_fish_optimizer"]
 

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fishkern.masks import SparseMask
 from fishkern.optim.launch import moment_dtype
 from fishkern.optim.roles import (
     admit,
@@ -24,6 +23,7 @@ from fishkern.optim.roles import (
     index_of,
     leaf_owner,
 )
+from fishkern.selection.masks import SparseMask
 
 Groups = list[dict[str, Any]]
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")

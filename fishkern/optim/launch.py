@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fishkern import _ops, leaves
+from fishkern import _ops
+from fishkern.training import leaves
 
 State = MutableMapping[Tensor, dict[str, Any]]
 

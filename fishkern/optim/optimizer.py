@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from fishkern.masks import SparseMask
 from fishkern.optim.checkpoint import (
     agree,
     check_groups,
@@ -36,6 +35,7 @@ from fishkern.optim.roles import (
     leaf_owner,
     name_all,
 )
+from fishkern.selection.masks import SparseMask
 
 __all__ = ["FishSparseAdamW"]
 

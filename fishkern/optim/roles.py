@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fishkern import leaves
-from fishkern.masks import BoundMask, SparseMask
 from fishkern.names import canonical_name, suggest
+from fishkern.selection.masks import BoundMask, SparseMask
+from fishkern.training import leaves
 
 UNLISTED = ("error", "train", "freeze")
 LEAVES = "fishkern_leaves"

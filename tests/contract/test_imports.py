@@ -14,32 +14,14 @@ import fishkern
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "fishkern"
 
-# From the top to the bottom; a module may import those of lower layers, and those of its own
-# layer as long as there is no cycle. A new module gets its place here.
+# From the top to the bottom; a module or package may import those of lower layers, and those of its
+# own layer as long as there is no cycle. A new one gets its place here.
 LAYERS = [
-    {"__init__", "__main__", "report"},
-    {"integrations"},
-    {"recipe", "ird", "baselines"},
-    {
-        *("fisher", "scoring", "completion", "verification", "preserve"),
-        *("train_only", "optim"),
-    },
-    {"leaves"},
-    {"losses"},
-    {
-        "samples",
-        "packing",
-        "layouts",
-        "sample_scores",
-        "tied",
-        "square_cache",
-        "labels",
-        "masks",
-        "delta",
-        "diagonal",
-        "ranking",
-        "summary",
-    },
+    {"__init__", "__main__"},
+    {"recipe", "ird"},
+    {"scoring", "optim"},
+    {"training"},
+    {"batches", "selection"},
     {"interception"},
     {"functional"},
     {"_ops"},
@@ -47,8 +29,14 @@ LAYERS = [
     {"backends"},
     {"names", "files"},
 ]
+# Inside a package, where there is an order; what is not named comes last.
+INNER_LAYERS = {
+    "scoring": [{"estimate", "baselines"}, {"passes"}, {"accumulator"}],
+    "selection": [{"select"}, {"masks"}],
+    "training": [{"train_only"}],
+}
 # The two consumers of interception do not know each other.
-STRANGERS = [({"fisher", "scoring", "completion", "verification"}, {"train_only", "leaves"})]
+STRANGERS = [({"scoring"}, {"training", "optim"})]
 HEAVY = {"triton", "transformers", "peft", "accelerate", "datasets", "matplotlib"}
 
 
@@ -102,6 +90,13 @@ ARROWS = {
 }
 
 
+def inner_layer(module):
+    """The place of a module in its package."""
+    _, package, name = module.split(".")[:3]
+    order = INNER_LAYERS[package]
+    return next((i for i, names in enumerate(order) if name in names), len(order))
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: module_name(path))
 def test_every_module_has_a_layer(path):
     layer(unit(module_name(path)))
@@ -114,6 +109,26 @@ def test_arrows_point_down():
         if layer(unit(target)) < layer(unit(source))
     ]
     assert wrong == []
+
+
+def test_arrows_point_down_inside_packages():
+    wrong = [
+        f"{source} imports {target}"
+        for source, target in sorted(ARROWS)
+        if unit(source) == unit(target) in INNER_LAYERS
+        and min(source.count("."), target.count(".")) > 1
+        and inner_layer(target) < inner_layer(source)
+    ]
+    assert wrong == []
+
+
+def test_every_place_is_taken():
+    """What has a layer exists."""
+    inner = {
+        f"{package}.{n}" for package, order in INNER_LAYERS.items() for n in set().union(*order)
+    }
+    names = (set().union(*LAYERS) - {"__init__"}) | inner
+    assert [name for name in sorted(names) if not exists(f"fishkern.{name}")] == []
 
 
 def test_no_cycles():

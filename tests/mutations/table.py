@@ -13,8 +13,14 @@ TESTS = "tests/training/test_estimate_pitfalls.py"
 
 REFERENCE = "backends/reference/fisher.py"
 TRITON = "backends/triton/fisher.py"
-COMPLETION = "completion.py"
-LAYOUTS = "layouts.py"
+PRESERVE = "scoring/preserve.py"
+LOSSES = "batches/losses.py"
+LABELS = "batches/labels.py"
+ESTIMATE = "scoring/estimate.py"
+PASSES = "scoring/passes.py"
+SELECT = "selection/select.py"
+ACCUMULATOR = "scoring/accumulator.py"
+LAYOUTS = "scoring/layouts.py"
 
 _REFERENCE_SIZES = "    num_tokens = x.shape[1:-1].numel()  # not -1: a size may be 0\n"
 _FISHER = "rule.fisher_(module, targets, x, grad_out)"
@@ -24,7 +30,7 @@ _TRITON_DOT = """\
 _CROSS_ENTROPY = """\
             token = F.cross_entropy(
                 logits.transpose(1, 2), labels.long(), ignore_index"""
-_NO_OWN_LOSS = Edit("losses.py", 'own = getattr(outputs, "loss", None)', "own = None")
+_NO_OWN_LOSS = Edit(LOSSES, 'own = getattr(outputs, "loss", None)', "own = None")
 
 
 def _instead(file: str, old: str, new: str) -> tuple[Edit, ...]:
@@ -40,7 +46,7 @@ MUTANTS = (
         1,
         "all samples are one before the square",
         _instead(
-            COMPLETION,
+            ACCUMULATOR,
             _FISHER,
             "rule.fisher_(module, targets, x.flatten(0, 1)[None], grad_out.flatten(0, 1)[None])",
         ),
@@ -79,7 +85,7 @@ MUTANTS = (
         2,
         "each token is a sample of its own",
         _instead(
-            COMPLETION,
+            ACCUMULATOR,
             _FISHER,
             "rule.fisher_(module, targets, *(t.flatten(0, 1)[:, None] for t in (x, grad_out)))",
         ),
@@ -108,19 +114,19 @@ MUTANTS = (
     Mutant(
         3,
         "the mean of the losses is differentiated",
-        _instead("scoring.py", "self._backward(term.sum(),", "self._backward(term.mean(),"),
+        _instead(PASSES, "self._backward(term.sum(),", "self._backward(term.mean(),"),
         "test_pitfall_03_the_split_into_batches_does_not_matter",
     ),
     Mutant(
         3,
         "the sum over samples is not divided by their number",
-        _instead("fisher.py", "scores /= total", "scores /= 1"),
+        _instead(ESTIMATE, "scores /= total", "scores /= 1"),
         "test_pitfall_03_the_split_into_batches_does_not_matter",
     ),
     Mutant(
         3,
         "a sample's loss is the mean over its tokens",
-        (Edit("losses.py", "return token.sum(1)", "return token.mean(1)"), _NO_OWN_LOSS),
+        (Edit(LOSSES, "return token.sum(1)", "return token.mean(1)"), _NO_OWN_LOSS),
         "test_pitfall_03_a_sample_is_the_sum_of_its_tokens",
     ),
     Mutant(
@@ -162,32 +168,34 @@ MUTANTS = (
     Mutant(
         5,
         "each use is squared by itself",
-        _instead(COMPLETION, "torch.cat(uses, 1)", "torch.cat(uses, 0)"),
+        _instead(ACCUMULATOR, "torch.cat(uses, 1)", "torch.cat(uses, 0)"),
         "test_pitfall_05_uses_that_cancel",
     ),
     Mutant(
         5,
         "only the last use counts",
-        _instead(COMPLETION, _FISHER, "rule.fisher_(module, targets, x[:, -1:], grad_out[:, -1:])"),
+        _instead(
+            ACCUMULATOR, _FISHER, "rule.fisher_(module, targets, x[:, -1:], grad_out[:, -1:])"
+        ),
         "test_pitfall_05_a_parameter_with_several_uses",
     ),
     Mutant(
         6,
         "a gradient that came past the rules is overlooked",
-        _instead(COMPLETION, "        if grad is not None:\n", "        if False:\n"),
+        _instead(ACCUMULATOR, "        if grad is not None:\n", "        if False:\n"),
         "test_pitfall_06_a_use_that_no_rule_sees",
     ),
     Mutant(
         7,
         "each checkpointed segment is squared by itself",
-        _instead(COMPLETION, "if self.num_calls[name] > self.num_uses[name]:", "if False:"),
+        _instead(ACCUMULATOR, "if self.num_calls[name] > self.num_uses[name]:", "if False:"),
         "test_pitfall_07_a_layer_in_two_segments",
     ),
     Mutant(
         7,
         "a segment that reentrant checkpointing cuts off gets zeros",
         _instead(
-            "fisher.py",
+            ESTIMATE,
             'warnings.filterwarnings("error", CUT_OFF)',
             'warnings.filterwarnings("ignore", CUT_OFF)',
         ),
@@ -196,27 +204,29 @@ MUTANTS = (
     Mutant(
         7,
         "checkpointing is off in eval mode",
-        _instead("preserve.py", "bool(checkpoints) or _packs_in_eval(module)", "False"),
+        _instead(PRESERVE, "bool(checkpoints) or _packs_in_eval(module)", "False"),
         "test_pitfall_07_checkpointing_changes_nothing",
     ),
     Mutant(
         8,
         "functional dropout stays on",
-        _instead("preserve.py", "if func in self.identities:", "if False:"),
+        _instead(PRESERVE, "if func in self.identities:", "if False:"),
         "test_pitfall_08_dropout_and_batch_statistics",
     ),
     Mutant(
         8,
         "norms keep the batch's statistics",
         _instead(
-            "preserve.py", "module.training = bool(checkpoints)", "module.training |= checkpoints"
+            PRESERVE,
+            "module.training = bool(checkpoints)",
+            "module.training |= checkpoints",
         ),
         "test_pitfall_08_dropout_and_batch_statistics",
     ),
     Mutant(
         8,
         "buffers keep what scoring left in them",
-        _instead("preserve.py", "buffer.copy_(copy)", "pass"),
+        _instead(PRESERVE, "buffer.copy_(copy)", "pass"),
         "test_pitfall_08_buffers_stay_bit_for_bit",
     ),
     Mutant(
@@ -251,7 +261,9 @@ MUTANTS = (
         "ignored labels count as the first class",
         (
             Edit(
-                "losses.py", _CROSS_ENTROPY, _CROSS_ENTROPY.replace(".long()", ".long().clamp(0)")
+                LOSSES,
+                _CROSS_ENTROPY,
+                _CROSS_ENTROPY.replace(".long()", ".long().clamp(0)"),
             ),
             _NO_OWN_LOSS,
         ),
@@ -262,7 +274,9 @@ MUTANTS = (
         "ignored labels count in longer padding",
         (
             Edit(
-                "losses.py", _CROSS_ENTROPY, _CROSS_ENTROPY.replace(".long()", ".long().clamp(0)")
+                LOSSES,
+                _CROSS_ENTROPY,
+                _CROSS_ENTROPY.replace(".long()", ".long().clamp(0)"),
             ),
             _NO_OWN_LOSS,
         ),
@@ -281,19 +295,19 @@ MUTANTS = (
     Mutant(
         11,
         "the self-check throws away what was scored before it",
-        _instead("scoring.py", "self.scores[name].copy_(scores)", "pass"),
+        _instead(PASSES, "self.scores[name].copy_(scores)", "pass"),
         "test_pitfall_11_batches_add_up_and_nothing_is_counted_twice",
     ),
     Mutant(
         11,
         "each batch overwrites the last one's scores",
-        _instead(COMPLETION, _FISHER, "[t.zero_() for t in targets.values()]; " + _FISHER),
+        _instead(ACCUMULATOR, _FISHER, "[t.zero_() for t in targets.values()]; " + _FISHER),
         "test_pitfall_11_batches_add_up_and_nothing_is_counted_twice",
     ),
     Mutant(
         11,
         "hooks stay on the parameters",
-        _instead(COMPLETION, "                stack.enter_context(hook)\n", ""),
+        _instead(ACCUMULATOR, "                stack.enter_context(hook)\n", ""),
         "test_pitfall_11_nothing_is_left_from_an_earlier_call",
     ),
     Mutant(
@@ -307,7 +321,7 @@ MUTANTS = (
         "the model's own answers are the labels",
         (
             Edit(
-                "losses.py",
+                LOSSES,
                 "F.cross_entropy(logits, labels.view(-1).long(),",
                 "F.cross_entropy(logits, logits.argmax(1),",
             ),
@@ -318,28 +332,30 @@ MUTANTS = (
     Mutant(
         12,
         "the record of the labels is wrong",
-        _instead("fisher.py", "        labels=labels,\n", '        labels="empirical",\n'),
+        _instead(ESTIMATE, "        labels=labels,\n", '        labels="empirical",\n'),
         "test_pitfall_12_softmax_regression_in_closed_form",
     ),
     Mutant(
         12,
         "the Fisher is said to be the true one, and is the empirical one",
-        _instead("losses.py", 'if labels == "expected":', "if False:")
-        + _instead("scoring.py", 'if self.labels == "expected":', "if False:"),
+        _instead(LOSSES, 'if labels == "expected":', "if False:")
+        + _instead(PASSES, 'if self.labels == "expected":', "if False:"),
         "test_pitfall_12_softmax_regression_in_closed_form",
     ),
     Mutant(
         13,
         "all samples of a batch share one draw",
         _instead(
-            "labels.py", "torch.sub(logits, noise.log_())", "torch.sub(logits, noise.log_()[:1])"
+            LABELS,
+            "torch.sub(logits, noise.log_())",
+            "torch.sub(logits, noise.log_()[:1])",
         ),
         "test_pitfall_13_each_sample_draws_its_own_label",
     ),
     Mutant(
         13,
         "all ranks draw the same",
-        _instead("labels.py", "self._seed = int(seed) + rank", "self._seed = int(seed)"),
+        _instead(LABELS, "self._seed = int(seed) + rank", "self._seed = int(seed)"),
         "test_pitfall_13_ranks_with_equal_seeds_draw_differently",
     ),
     Mutant(
@@ -387,7 +403,7 @@ MUTANTS = (
         15,
         "scores are averaged over the ranks",
         _instead(
-            "fisher.py",
+            ESTIMATE,
             "dist.all_reduce(scores, group=process_group)",
             "dist.all_reduce(scores, dist.ReduceOp.AVG, group=process_group)",
         ),
@@ -397,7 +413,7 @@ MUTANTS = (
         15,
         "the ranks are taken to have equal numbers of samples",
         _instead(
-            "fisher.py",
+            ESTIMATE,
             "return int(total.item())",
             "return scoring.num_samples * dist.get_world_size(process_group)",
         ),
@@ -406,7 +422,7 @@ MUTANTS = (
     Mutant(
         15,
         "a shard is scored as if it were the parameter",
-        _instead("fisher.py", 'if hasattr(param, "placements"):', "if False:"),
+        _instead(ESTIMATE, 'if hasattr(param, "placements"):', "if False:"),
         "test_pitfall_15_shards_are_refused",
     ),
     Mutant(
@@ -475,14 +491,14 @@ MUTANTS = (
     Mutant(
         19,
         "no warning of tensors whose scores are all zero",
-        _instead("masks.py", "    if silent:\n", "    if False:\n"),
+        _instead(SELECT, "    if silent:\n", "    if False:\n"),
         "test_pitfall_19_a_fresh_adapter_has_no_information_in_a",
     ),
     Mutant(
         19,
         "no warning of zeros that fill the budget",
         _instead(
-            "masks.py",
+            SELECT,
             "    names = [name for name, count in zeros.items() if count]\n",
             "    names = []\n",
         ),
@@ -498,7 +514,7 @@ MUTANTS = (
         20,
         "the sample-by-sample route does not square",
         _instead(
-            "scoring.py",
+            PASSES,
             "grad.to_dense().to(scores).square()",
             "grad.to_dense().to(scores).abs()",
         ),

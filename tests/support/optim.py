@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fishkern import _dispatch
-from fishkern.masks import SparseMask
+from fishkern.selection.masks import SparseMask
 
 
 @pytest.fixture(params=["reference", "native"])

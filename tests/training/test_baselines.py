@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fishkern
 from fishkern import FisherDiagonal, FishSparseAdamW, SparseMask, baseline_scores, select
-from fishkern.baselines import KINDS
+from fishkern.scoring.baselines import KINDS
 from tests.support.optim import full_mask, make_model, train
 from tests.support.oracle import fisher_oracle, one_sample, squared_error
 from tests.support.problems import PROBLEMS, bert, class_loss, classes

@@ -393,8 +393,8 @@ def test_dora():
 
 def test_sums_by_sample():
     """As the squares of every sample alone, over a mask."""
-    from fishkern.sample_scores import SampleScores
-    from fishkern.scoring import Scoring
+    from fishkern.scoring.passes import Scoring
+    from fishkern.scoring.sample_scores import SampleScores
 
     model = net(conv2d(groups=2), nn.GroupNorm(2, 6), nn.Tanh(), conv2d(in_channels=6)).eval()
     candidates = dict(model.named_parameters())

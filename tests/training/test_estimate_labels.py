@@ -8,8 +8,9 @@ from torch import multiprocessing as mp
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from fishkern import FisherDiagonal, estimate_fisher, losses
-from fishkern.labels import Draws, expected_terms
+from fishkern import FisherDiagonal, estimate_fisher
+from fishkern.batches import losses
+from fishkern.batches.labels import Draws, expected_terms
 from tests.support.oracle import batch_size, fisher_oracle, squared_error
 from tests.support.problems import (
     PROBLEMS,

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fishkern import FisherVerificationError, estimate_fisher
-from fishkern.packing import Packing
+from fishkern.batches.packing import Packing
 from tests.support.oracle import fisher_oracle
 from tests.support.problems import gpt2, ids, llama, lora, next_token_loss, quiet
 from tests.support.tolerances import assert_scores_match

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_sequence
 
 from fishkern import FisherVerificationError, estimate_fisher
-from fishkern.losses import default_loss
+from fishkern.batches.losses import default_loss
 from tests.support.oracle import assert_exact, fisher_oracle, squared_error
 from tests.support.tolerances import assert_scores_match
 

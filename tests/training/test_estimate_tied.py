@@ -10,7 +10,7 @@ from torch import nn
 
 from fishkern import SparseMask, estimate_fisher
 from fishkern.interception.linear import LinearRule
-from fishkern.tied import head_rows
+from fishkern.scoring.tied import head_rows
 from tests.support.oracle import assert_exact, fisher_oracle, squared_error
 from tests.support.problems import (
     PROBLEMS,

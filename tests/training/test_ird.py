@@ -8,7 +8,7 @@ from torch import nn
 
 import fishkern
 from fishkern import select_ird
-from fishkern.scoring import Scoring
+from fishkern.scoring.passes import Scoring
 from tests.support.oracle import sample_oracle, squared_error
 from tests.support.problems import PROBLEMS, llama, lora, next_token_loss
 from tests.training.test_estimate_packing import packed, sequences

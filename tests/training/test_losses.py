@@ -8,7 +8,7 @@ import transformers
 from torch import nn
 
 from fishkern import estimate_fisher
-from fishkern.losses import default_loss, sample_losses, shifts
+from fishkern.batches.losses import default_loss, sample_losses, shifts
 from tests.support.problems import (
     PROBLEMS,
     SAMPLES,

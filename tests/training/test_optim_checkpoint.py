@@ -7,8 +7,8 @@ import pickle
 import pytest
 import torch
 
-from fishkern.masks import SparseMask
 from fishkern.optim import FishSparseAdamW
+from fishkern.selection.masks import SparseMask
 from tests.support.optim import copies, full_mask, make_mask, make_model, train
 
 

@@ -5,8 +5,8 @@ import re
 import pytest
 import torch
 
-from fishkern.masks import SparseMask
 from fishkern.optim import FishSparseAdamW
+from fishkern.selection.masks import SparseMask
 from tests.support.optim import copies, loss_of, make_mask, make_model, train
 
 

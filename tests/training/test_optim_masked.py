@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from fishkern.masks import SparseMask
 from fishkern.optim import FishSparseAdamW
+from fishkern.selection.masks import SparseMask
 from tests.support.optim import (
     bits,
     copies,

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import fishkern
-from fishkern.masks import SparseMask
 from fishkern.optim import FishSparseAdamW
+from fishkern.selection.masks import SparseMask
 from tests.support.optim import (
     bits,
     copies,

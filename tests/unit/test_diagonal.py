@@ -4,7 +4,7 @@ import pickle
 import pytest
 import torch
 
-from fishkern.diagonal import FisherDiagonal
+from fishkern.scoring.diagonal import FisherDiagonal
 
 
 def scores():

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from fishkern.masks import BoundMask, SparseMask
-from fishkern.summary import layer_of, type_of
+from fishkern.selection.masks import BoundMask, SparseMask
+from fishkern.selection.summary import layer_of, type_of
 
 
 def make(**changes):

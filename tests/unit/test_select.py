@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from fishkern.diagonal import FisherDiagonal
-from fishkern.masks import select
-from fishkern.ranking import _proportional
+from fishkern.scoring.diagonal import FisherDiagonal
+from fishkern.selection.ranking import _proportional
+from fishkern.selection.select import select
 
 
 def make(*shapes, ties=False):

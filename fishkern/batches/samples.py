@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fishkern.packing import packing_of
+from fishkern.batches.packing import packing_of
 
 
 def can_slice(batch: Any) -> bool:

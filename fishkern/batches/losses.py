@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fishkern import samples
-from fishkern.labels import Draws, expected_terms
-from fishkern.packing import SAMPLE_IDS, Packing, packing_of
+from fishkern.batches import samples
+from fishkern.batches.labels import Draws, expected_terms
+from fishkern.batches.packing import SAMPLE_IDS, Packing, packing_of
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 

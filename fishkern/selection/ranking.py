@@ -1,23 +1,31 @@
 """Which k positions of a list of score tensors: the largest, the smallest, or random ones.
 
 Exactly k each time, independent of device and threads, and without a copy of all the scores. The
-tensors are one long list here, in their order; names and errors are the business of ``masks``.
+tensors are one long list here, in their order; names and errors are the business of ``select``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from fishkern.functional import topk_indices
 
-__all__ = ["ORDERS", "SCOPES", "choose"]
+__all__ = ["ORDERS", "SCOPES", "check_scores", "choose"]
 
 SCOPES = ("global", "tensor")
 ORDERS = ("largest", "smallest", "random")
+
+
+def check_scores(scores: Mapping[str, Tensor]) -> None:
+    """Raise TypeError unless every score is a float32 tensor."""
+    for name, score in scores.items():
+        if not isinstance(score, Tensor) or score.dtype != torch.float32:
+            found = score.dtype if isinstance(score, Tensor) else type(score).__name__
+            raise TypeError(f"the score of {name!r} is {found}: pass a float32 tensor")
 
 
 def choose(

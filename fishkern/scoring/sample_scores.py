@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from fishkern.interception import Rule
 from fishkern.interception.rules import sum_by_sample
-from fishkern.masks import SparseMask
-from fishkern.tied import scatter_rows_
+from fishkern.scoring.tied import scatter_rows_
+from fishkern.selection.masks import SparseMask
 
 __all__ = ["SampleScores"]
 

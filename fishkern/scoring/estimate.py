@@ -11,17 +11,17 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fishkern import samples
-from fishkern.diagonal import FisherDiagonal
+from fishkern.batches import samples
+from fishkern.batches.labels import LABELS, Draws
+from fishkern.batches.losses import LossFn, default_loss
 from fishkern.interception import original_parameters
-from fishkern.labels import LABELS, Draws
-from fishkern.losses import LossFn, default_loss
-from fishkern.masks import SparseMask
 from fishkern.names import Patterns, match, named_parameters, suggest
-from fishkern.preserve import scoring_mode
-from fishkern.sample_scores import SampleScores
-from fishkern.scoring import CUT_OFF, Scoring
-from fishkern.verification import FisherVerificationError, require_finite
+from fishkern.scoring.diagonal import FisherDiagonal
+from fishkern.scoring.passes import CUT_OFF, Scoring
+from fishkern.scoring.preserve import scoring_mode
+from fishkern.scoring.sample_scores import SampleScores
+from fishkern.scoring.verification import FisherVerificationError, require_finite
+from fishkern.selection.masks import SparseMask
 
 __all__ = ["FisherVerificationError", "estimate_fisher"]
 

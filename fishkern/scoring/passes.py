@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fishkern import samples
-from fishkern.completion import FisherAccumulator
+from fishkern.batches import samples
+from fishkern.batches.losses import LossFn, require_losses
+from fishkern.batches.packing import packing_of
 from fishkern.interception import Site, elementwise, intercepted, rule_for
-from fishkern.layouts import Shape
-from fishkern.losses import LossFn, require_losses
-from fishkern.packing import packing_of
-from fishkern.preserve import backward
-from fishkern.sample_scores import SampleScores
-from fishkern.verification import check_losses, verify_scores
+from fishkern.scoring.accumulator import FisherAccumulator
+from fishkern.scoring.layouts import Shape
+from fishkern.scoring.preserve import backward
+from fishkern.scoring.sample_scores import SampleScores
+from fishkern.scoring.verification import check_losses, verify_scores
 
 #: Reentrant checkpointing's warning that a segment gets no gradient.
 CUT_OFF = "None of the inputs have requires_grad"

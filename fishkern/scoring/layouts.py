@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from fishkern.batches.packing import Packing
 from fishkern.interception import Site, elementwise
-from fishkern.packing import Packing
 
 Shape = tuple[int, ...]
 

@@ -13,9 +13,9 @@ from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from fishkern.interception import exchange_class, original_class, rule_for
-from fishkern.leaves import CHILD, Leaves, gather, leaf_dtype, owner_members
-from fishkern.masks import SparseMask
 from fishkern.names import named_parameters, suggest
+from fishkern.selection.masks import SparseMask
+from fishkern.training.leaves import CHILD, Leaves, gather, leaf_dtype, owner_members
 
 __all__ = ["Handle", "attached", "train_only"]
 

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fishkern import samples
-from fishkern.diagonal import FisherDiagonal
-from fishkern.fisher import scored, unwrap
-from fishkern.losses import LossFn, default_loss, require_losses
+from fishkern.batches import samples
+from fishkern.batches.losses import LossFn, default_loss, require_losses
 from fishkern.names import Patterns
-from fishkern.preserve import backward
-from fishkern.scoring import CUT_OFF
-from fishkern.verification import require_finite
+from fishkern.scoring.diagonal import FisherDiagonal
+from fishkern.scoring.estimate import scored, unwrap
+from fishkern.scoring.passes import CUT_OFF
+from fishkern.scoring.preserve import backward
+from fishkern.scoring.verification import require_finite
 
 __all__ = ["KINDS", "baseline_scores"]
 

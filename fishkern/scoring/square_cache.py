@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fishkern.interception import Rule
-from fishkern.masks import SparseMask
-from fishkern.sample_scores import SampleScores
+from fishkern.scoring.sample_scores import SampleScores
+from fishkern.selection.masks import SparseMask
 
 __all__ = ["SquareCache", "split"]
 

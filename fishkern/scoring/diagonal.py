@@ -12,19 +12,12 @@ from torch import Tensor
 
 from fishkern import files
 from fishkern.names import by_canonical_name, canonical_name
+from fishkern.selection.ranking import check_scores
 
-__all__ = ["ROUTES", "FisherDiagonal", "check_scores"]
+__all__ = ["ROUTES", "FisherDiagonal"]
 
 ROUTES = ("fused", "vmap", "loop")
 _SAMPLE_SCORES = "(sample scores)"  # in files: no parameter has such a name
-
-
-def check_scores(scores: Mapping[str, Tensor]) -> None:
-    """Raise TypeError unless every score is a float32 tensor."""
-    for name, score in scores.items():
-        if not isinstance(score, Tensor) or score.dtype != torch.float32:
-            found = score.dtype if isinstance(score, Tensor) else type(score).__name__
-            raise TypeError(f"the score of {name!r} is {found}: pass a float32 tensor")
 
 
 class FisherDiagonal(Mapping[str, Tensor]):

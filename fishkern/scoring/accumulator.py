@@ -18,13 +18,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fishkern.batches.packing import Packing
 from fishkern.interception import Rule, Site, elementwise
 from fishkern.interception.embedding import EmbeddingRule
 from fishkern.interception.linear import LinearRule
-from fishkern.layouts import Layouts, Shape
-from fishkern.packing import Packing
-from fishkern.sample_scores import SampleScores
-from fishkern.tied import HeadRows, head_rows, scatter_rows_
+from fishkern.scoring.layouts import Layouts, Shape
+from fishkern.scoring.sample_scores import SampleScores
+from fishkern.scoring.tied import HeadRows, head_rows, scatter_rows_
 
 
 class _Use(NamedTuple):

@@ -1,0 +1,1 @@
+"""Batches and what a model says of them: samples, packed sequences, losses, labels."""

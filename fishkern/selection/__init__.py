@@ -1,0 +1,1 @@
+"""From scores to a mask: ranking, exact selection, the mask itself, its summary."""

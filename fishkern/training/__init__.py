@@ -1,0 +1,1 @@
+"""Only the selected entries trainable: leaves in the place of dense weights."""
