@@ -19,6 +19,9 @@ STABLE_TORCH_LIBRARY(fishkern_native, m) {
       "conv_fisher_(Tensor(a!) fisher, Tensor x, Tensor grad_out, *, Tensor(b!)? "
       "bias_fisher=None, int[] stride, int[] padding, int[] dilation, int groups, "
       "Tensor(c!)? sample_scores=None, Tensor? mask=None) -> ()");
+  m.def(
+      "linear_selected_grad_(Tensor(a!) selected_grad, Tensor x, Tensor grad_out, Tensor indices, "
+      "*, Tensor? rows=None, Tensor? columns=None) -> ()");
   m.def("topk_indices(Tensor[] scores, SymInt k) -> Tensor[]");
   m.def(
       "masked_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor[] indices, Tensor(b!)[] exp_avgs, "

@@ -35,6 +35,11 @@ SCHEMAS = {
         "int[] stride, int[] padding, int[] dilation, int groups, "
         "Tensor(c!)? sample_scores=None, Tensor? mask=None) -> ()"
     ),
+    # indices: flat positions in the matrix [rows, columns]. None: all of them.
+    "linear_selected_grad_": (
+        "(Tensor(a!) selected_grad, Tensor x, Tensor grad_out, Tensor indices, *, "
+        "Tensor? rows=None, Tensor? columns=None) -> ()"
+    ),
     "topk_indices": "(Tensor[] scores, SymInt k) -> Tensor[]",
     "masked_adamw_": (
         "(Tensor(a!)[] params, Tensor[] grads, Tensor[] indices, Tensor(b!)[] exp_avgs, "
@@ -82,6 +87,11 @@ def conv_fisher_(fisher: Tensor, *args: Any, **kwargs: Any) -> None:
     choose("conv_fisher_", fisher.device.type)(fisher, *args, **kwargs)
 
 
+def linear_selected_grad_(selected_grad: Tensor, *args: Any, **kwargs: Any) -> None:
+    """Accumulate selected entries of a linear layer's weight gradient."""
+    choose("linear_selected_grad_", selected_grad.device.type)(selected_grad, *args, **kwargs)
+
+
 def topk_indices(scores: Sequence[Tensor], k: int) -> list[Tensor]:
     """Exact top-k over a list of tensors."""
     if not scores:
@@ -122,6 +132,7 @@ _register(linear_fisher_, _mutates_only)
 _register(embedding_fisher_, _mutates_only)
 _register(norm_fisher_, _mutates_only)
 _register(conv_fisher_, _mutates_only)
+_register(linear_selected_grad_, _mutates_only)
 _register(topk_indices, _fake_topk_indices)
 _register(masked_adamw_, _mutates_only)
 _register(masked_adamw_packed_, _mutates_only)

@@ -11,13 +11,23 @@ from fishkern.functional.conv import conv_fisher_
 from fishkern.functional.embedding import embedding_fisher_
 from fishkern.functional.linear import linear_fisher_
 from fishkern.functional.norm import norm_fisher_
+from fishkern.functional.selected_grad import (
+    SelectedGradPlan,
+    linear_selected_grad_,
+    plan_selected_grad,
+    restrict_columns,
+)
 from fishkern.functional.topk import topk_indices
 
 __all__ = [
+    "SelectedGradPlan",
     "conv_fisher_",
     "embedding_fisher_",
     "linear_fisher_",
+    "linear_selected_grad_",
     "masked_adamw_",
     "norm_fisher_",
+    "plan_selected_grad",
+    "restrict_columns",
     "topk_indices",
 ]

@@ -61,6 +61,16 @@ def conv_fisher_():
     )
 
 
+def linear_selected_grad_():
+    x, grad_out = torch.randn(3, 4, 5), torch.randn(3, 4, 2)
+    indices = torch.tensor([0, 3, 4, 8])
+    yield (torch.zeros(4), x, grad_out, indices), {}
+    yield (
+        (torch.zeros(2), x[:, 0], grad_out[:, 0], indices[:2].int()),
+        {"rows": torch.tensor([0, 1]), "columns": torch.tensor([1, 4])},
+    )
+
+
 def topk_indices():
     yield ([torch.randn(2, 5), torch.randn(7)], 6), {}
 
@@ -100,6 +110,7 @@ OPS = {
         conv_fisher_,
         embedding_fisher_,
         linear_fisher_,
+        linear_selected_grad_,
         norm_fisher_,
         topk_indices,
         masked_adamw_,

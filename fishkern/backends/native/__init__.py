@@ -17,6 +17,7 @@ from fishkern.backends.native.ops import (
     norm_fisher_,
     topk_indices,
 )
+from fishkern.backends.native.selected_grad import linear_selected_grad_
 
 __all__ = [
     "DEVICES",
@@ -25,6 +26,7 @@ __all__ = [
     "cpu_capability",
     "embedding_fisher_",
     "linear_fisher_",
+    "linear_selected_grad_",
     "masked_adamw_",
     "masked_adamw_packed_",
     "norm_fisher_",

@@ -11,12 +11,14 @@ from fishkern.backends.reference.embedding import embedding_fisher_
 from fishkern.backends.reference.fisher import linear_fisher_
 from fishkern.backends.reference.norm import norm_fisher_
 from fishkern.backends.reference.select import topk_indices
+from fishkern.backends.reference.selected_grad import linear_selected_grad_
 
 __all__ = [
     "DEVICES",
     "conv_fisher_",
     "embedding_fisher_",
     "linear_fisher_",
+    "linear_selected_grad_",
     "masked_adamw_",
     "masked_adamw_packed_",
     "norm_fisher_",

@@ -21,6 +21,7 @@ _FILES = {
     "conv_fisher_": "conv",
     "embedding_fisher_": "embedding",
     "linear_fisher_": "fisher",
+    "linear_selected_grad_": "selected_grad",
     "masked_adamw_": "adamw",
     "masked_adamw_packed_": "adamw",
     "norm_fisher_": "norm",

@@ -34,6 +34,7 @@ from fishkern.backends.triton.embedding import embedding_fisher_
 from fishkern.backends.triton.fisher import linear_fisher_
 from fishkern.backends.triton.launch import Launch, collect
 from fishkern.backends.triton.norm import norm_fisher_
+from fishkern.backends.triton.selected_grad import linear_selected_grad_
 
 ARCHITECTURES = (80, 90)
 SHARED_LIMIT = 99 * 1024  # bytes: what a program may use on the smallest GPUs since Ampere
@@ -58,6 +59,7 @@ def variants(quick: bool = False) -> Iterator[tuple[str, Launch]]:
         yield _adamw(bf16, f32, torch.int32, masters=True)
         yield _embedding(bf16, scores=True)
         yield _norm(bf16, bf16, scores=True)
+        yield _selected_grad((4096, 4096), bf16, bf16)
         yield _conv(256, 256, (3, 3), bf16, scores=True)
         return
     for size_o, size_i in layers:
@@ -100,6 +102,14 @@ def variants(quick: bool = False) -> Iterator[tuple[str, Launch]]:
         yield _conv(768, 3, (16, 16), dtype, stride=16)  # patches
         yield _conv(64, 64, (3, 3, 3), dtype, scores=True)
     yield _conv(256, 256, (3, 3), f32, scores=True, grad_dtype=bf16)
+
+    for dtype in (bf16, f16, f32):
+        for shape in [(4096, 4096), (16, 4096), (4096, 16), (32, 4096), (4096, 32), (4095, 4093)]:
+            yield _selected_grad(shape, dtype, dtype)
+        for options in ({"rows": True}, {"columns": True}, {"split": True}, {"index": torch.int64}):
+            yield _selected_grad((4096, 4096), dtype, dtype, **options)
+        yield _selected_grad((4096, 24), dtype, dtype, columns=True, split=True)
+    yield _selected_grad((4096, 4096), f32, bf16)
 
     for param, grad in ((f32, f32), (bf16, bf16), (f16, f16), (bf16, f32), (f16, f32)):
         for index in (torch.int32, torch.int64):
@@ -181,6 +191,33 @@ def _norm(
     return " ".join(
         ["norm", f"[{size}]", *words, *(name for name, on in flags.items() if on)]
     ), launches[0]
+
+
+def _selected_grad(
+    shape: tuple[int, int],
+    x_dtype: torch.dtype,
+    grad_dtype: torch.dtype,
+    index: torch.dtype = torch.int32,
+    rows: bool = False,
+    columns: bool = False,
+    split: bool = False,
+) -> tuple[str, Launch]:
+    """What ``linear_selected_grad_`` launches; rows or columns of larger operands, or all."""
+    size_o, size_i = shape
+    with collect() as launches:
+        linear_selected_grad_(
+            _meta(10_000),
+            _meta(32, 512, 8192 if columns else size_i, dtype=x_dtype),
+            _meta(32, 512, 8192 if rows else size_o, dtype=grad_dtype),
+            _meta(10_000, dtype=index),
+            rows=_meta(size_o, dtype=index) if rows else None,
+            columns=_meta(size_i, dtype=index) if columns else None,
+            splits=4 if split else 1,
+        )
+    flags = {"rows": rows, "columns": columns, "split": split}
+    types = [TYPES[x_dtype], TYPES[grad_dtype], TYPES[index]]
+    words = [f"[{size_o},{size_i}]", *types, *(name for name, on in flags.items() if on)]
+    return " ".join(["selected", *words]), launches[0]
 
 
 def _conv(
