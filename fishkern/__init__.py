@@ -2,6 +2,7 @@
 
 from fishkern import functional
 from fishkern._dispatch import use_backend
+from fishkern.interception import Rule, register_rule
 from fishkern.ird import select_ird
 from fishkern.optim import FishSparseAdamW
 from fishkern.recipe import create_fish_optimizer
@@ -16,12 +17,14 @@ __all__ = [
     "FishSparseAdamW",
     "FisherDiagonal",
     "FisherVerificationError",
+    "Rule",
     "SparseMask",
     "attached",
     "baseline_scores",
     "create_fish_optimizer",
     "estimate_fisher",
     "functional",
+    "register_rule",
     "select",
     "select_ird",
     "train_only",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,12 +113,32 @@ def _forward_members(cls: type[nn.Module]) -> dict[str, Any]:
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         site: Site = self.__dict__["_fishkern_site"]
+        if is_paused():
+            return cls.forward(self, *args, **kwargs)
         if len(args) != 1 or kwargs:  # not the call that the rule describes: an ordinary use
             return cls.forward(self, *args, **kwargs)
         x = args[0] if site.called is None else site.called(site, args[0])
         return run_intercepted(site, x) if torch.is_grad_enabled() else cls.forward(self, x)
 
     return {"forward": forward}
+
+
+_PAUSED: ContextVar[bool] = ContextVar("paused", default=False)
+
+
+def is_paused() -> bool:
+    """Whether modules run as if nobody listened."""
+    return _PAUSED.get()
+
+
+@contextmanager
+def paused() -> Iterator[None]:
+    """Modules run as if nobody listened, in this thread: one is run again for its gradients."""
+    token = _PAUSED.set(True)
+    try:
+        yield
+    finally:
+        _PAUSED.reset(token)
 
 
 @contextmanager
@@ -139,8 +160,7 @@ def intercepted(sites: Mapping[nn.Module, Site]) -> Iterator[None]:
 def original_parameters(model: nn.Module) -> Iterator[None]:
     """The model as it was before anything was attached to it; attached again afterwards.
 
-    What is attached says how it is put aside: a context manager ``suspended`` on the class that
-    its modules were given.
+    What is attached says how it is put aside, by its context manager ``suspended``.
     """
     suspend = {
         id(attachment): attachment

@@ -24,25 +24,20 @@ class Rule:
     it covers.
 
     Example:
-        A layer that scales its features::
+        A layer that scales its features:
 
-            class Scale(nn.Module):
-                def __init__(self, features):
-                    super().__init__()
-                    self.weight = nn.Parameter(torch.ones(features))
-
-                def forward(self, x):
-                    return x * self.weight
-
-
-            class ScaleRule(Rule):
-                params = ("weight",)
-
-                def sample_grads(self, module, x, grad_out):
-                    return {"weight": (grad_out * x).sum(1)}  # over the tokens
-
-
-            register_rule(Scale, ScaleRule())
+        >>> import torch, fishkern
+        >>> class Scale(torch.nn.Module):
+        ...     def __init__(self, features):
+        ...         super().__init__()
+        ...         self.weight = torch.nn.Parameter(torch.ones(features))
+        ...     def forward(self, x):
+        ...         return x * self.weight
+        >>> class ScaleRule(fishkern.Rule):
+        ...     params = ("weight",)
+        ...     def sample_grads(self, module, x, grad_out):
+        ...         return {"weight": (grad_out * x).sum(1)}  # over the tokens
+        >>> fishkern.register_rule(Scale, ScaleRule())
     """
 
     #: Local names of the parameters that the rule covers.
@@ -152,6 +147,15 @@ def register_rule(module_type: type[nn.Module] | str, rule: Rule) -> None:
             name with an asterisk stands for every class whose bare name fits and that has no rule
             of its own; ``rule.covers`` then has to find out what each computes.
         rule: How its gradients are made.
+
+    Example:
+        A subclass that computes what its base computes:
+
+        >>> import torch, fishkern
+        >>> from fishkern.interception.linear import LinearRule
+        >>> class MyLinear(torch.nn.Linear):
+        ...     pass
+        >>> fishkern.register_rule(MyLinear, LinearRule())
     """
     name = module_type if isinstance(module_type, str) else _qualified_name(module_type)
     _RULES[name] = rule

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fishkern.optim.launch import moment_dtype
+from fishkern.training.leaves import wide_dtype
 from fishkern.optim.roles import (
     admit,
     check_answered,
@@ -185,7 +185,7 @@ def _copied(field: str, value: Any, param: Tensor, capturable: bool) -> Any:
         return torch.as_tensor(value).to(device=device, dtype=torch.float32, copy=True)
     if not isinstance(value, Tensor):
         return deepcopy(value)
-    dtype = moment_dtype(param) if field in MOMENTS else value.dtype
+    dtype = wide_dtype(param) if field in MOMENTS else value.dtype
     return value.to(
         device=param.device, dtype=dtype, copy=True, memory_format=torch.contiguous_format
     )

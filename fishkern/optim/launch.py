@@ -111,7 +111,7 @@ def make_plan(params: Sequence[Tensor], indices: Sequence[Tensor | None]) -> Pla
         device, sharded = param.device, is_sharded(param)
         home = None if sharded else leaves.home_of(param)
         wide = index is not None and index.dtype == torch.int64  # packed indices are of one dtype
-        key = (device, sharded, moment_dtype(param), home is None, wide)
+        key = (device, sharded, leaves.wide_dtype(param), home is None, wide)
         batch = batches.setdefault(key, Batch(device, sharded))
         nothing = every.setdefault(device, torch.empty(0, dtype=torch.int32, device=device))
         batch.params.append(param)
@@ -349,7 +349,7 @@ def _build_states(batch: Batch, state: State, group: dict[str, Any]) -> list[Any
         entry: dict[str, Any] = {
             "step": torch.zeros((), dtype=torch.float32, device=counter_device)
         }
-        dtype = moment_dtype(param)
+        dtype = leaves.wide_dtype(param)
         for key in keys:
             if is_sharded(param):
                 entry[key] = torch.zeros_like(param, dtype=dtype)
@@ -365,8 +365,3 @@ def _build_states(batch: Batch, state: State, group: dict[str, Any]) -> list[Any
 def is_sharded(tensor: Tensor) -> bool:
     """Whether it is a DTensor; asked by attribute, since importing DTensor takes long."""
     return hasattr(tensor, "to_local")
-
-
-def moment_dtype(param: Tensor) -> torch.dtype:
-    """float32, or float64 for a float64 parameter."""
-    return torch.promote_types(param.dtype, torch.float32)

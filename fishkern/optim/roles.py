@@ -20,7 +20,6 @@ from fishkern.selection.masks import BoundMask, SparseMask
 from fishkern.training import leaves
 
 UNLISTED = ("error", "train", "freeze")
-LEAVES = "fishkern_leaves"
 
 Named = list[tuple[str, Tensor]]
 
@@ -33,7 +32,9 @@ def leaf_owner(name: str) -> str | None:
         'encoder.q.weight'
     """
     parts = name.split(".")
-    return ".".join(part for part in parts if part != LEAVES) if LEAVES in parts else None
+    return (
+        ".".join(part for part in parts if part != leaves.CHILD) if leaves.CHILD in parts else None
+    )
 
 
 def group_owners(groups: Iterable[dict[str, Any]]) -> set[str]:

@@ -22,6 +22,7 @@ from fishkern.batches.packing import Packing
 from fishkern.interception import Rule, Site, elementwise
 from fishkern.interception.embedding import EmbeddingRule
 from fishkern.interception.linear import LinearRule
+from fishkern.interception.rerun import CHUNK_BYTES, Call, RerunError
 from fishkern.scoring.layouts import Layouts, Shape
 from fishkern.scoring.sample_scores import SampleScores
 from fishkern.scoring.tied import HeadRows, head_rows, scatter_rows_
@@ -45,6 +46,7 @@ class FisherAccumulator:
         self.params = params
         self.scores = scores
         self.by_sample = by_sample
+        self.reasons: dict[str, str] = {}  # why modules could not be run again
         self.tied: set[str] = set()  # scored by a formula that can round to less than zero
         self.layouts = Layouts()
         self._begin()
@@ -188,6 +190,65 @@ class FisherAccumulator:
                 for name in site.names.values():
                     self.add_sample_grads(name, grads)
 
+    def consume_rerun(self, call: Call, grad_out: Tensor) -> None:
+        """Run a module again for each sample's gradients of its parameters."""
+        names = [name for name in call.names if name not in self.strays]
+        if not names:
+            return
+        try:
+            self._rerun(call, names, grad_out)
+        except RerunError as error:
+            for name in names:
+                self.reasons[name] = str(error)
+                self._stray(name)
+
+    def _rerun(self, call: Call, names: list[str], grad_out: Tensor) -> None:
+        """Hold the samples' gradients; what is large and has no other use is squared at once."""
+        own, parts = self._call_alone(call)
+        grad_out = self._output_alone(call, grad_out)
+        output = None if call.output is None else self._output_alone(call, call.output)
+        size = len(grad_out)
+        large = {
+            name
+            for name in names
+            if self.num_calls[name] == 1 and 4 * size * self.params[name].numel() > CHUNK_BYTES
+        }
+        held: dict[str, list[Tensor]] = {name: [] for name in names if name not in large}
+        for start, grads in call.sample_grads(parts, own, grad_out, output):
+            for name, each in held.items():
+                each.append(grads[name])
+            for name in large:
+                self._square_samples(name, start, grads[name])
+        for name, each in held.items():
+            self.add_sample_grads(name, each[0] if len(each) == 1 else torch.cat(each))
+        if size > 1:
+            call.rerun.checked.add(call.kind)
+
+    def _call_alone(self, call: Call) -> tuple[list[bool], list[Tensor]]:
+        """The call's tensors by sample, and which of them have a part for each."""
+        own, parts = [], []
+        for site, tensor in zip(call.sites, call.tensors, strict=True):
+            layout = self.layouts.of(site, tuple(tensor.shape))
+            own.append(layout is not None and self.layouts.num_samples > 1)
+            if own[-1]:
+                tensor = self.layouts.alone(layout, tensor)
+            elif self.layouts.num_samples > 1 and not self.layouts.is_constant(site):
+                raise RerunError(
+                    f"the samples are not to be found in an input of shape {list(tensor.shape)}"
+                )
+            parts.append(tensor)
+        return own, parts
+
+    def _output_alone(self, call: Call, tensor: Tensor) -> Tensor:
+        if self.layouts.num_samples == 1:
+            return tensor.unsqueeze(0)
+        layout = self.layouts.of(call.rerun.output, tuple(call.shape))
+        if layout is None:
+            raise RerunError(
+                f"the samples are not to be found in its output of shape {list(call.shape)}"
+            )
+        return self.layouts.alone(layout, tensor)
+
     def add_sample_grads(self, name: str, grads: Tensor) -> None:
         """Hold a use of which each sample's gradient ``[N, *shape]`` is known already.
 
@@ -295,17 +356,31 @@ class FisherAccumulator:
                 grads = every[_local_name(use.site, name)]
                 sums = grads if sums is None else sums + grads
             assert sums is not None
-            squares = sums.to(target.dtype).square()
-            if self.by_sample is None:
-                target += squares.sum(0)
-            else:
-                self.by_sample.add_squares(name, target, start, squares)
+            self._add_squares(name, target, start, sums)
         self._finish(name, target)
         self._drop(name)
 
+    def _square_samples(self, name: str, start: int, grads: Tensor) -> None:
+        """Square the gradients of samples ``start`` and after of a parameter's only use."""
+        target = self._target(name, grads.device)
+        self._add_squares(name, target, start, grads)
+        self._finish(name, target)
+
+    def _add_squares(self, name: str, target: Tensor, start: int, grads: Tensor) -> None:
+        squares = grads.to(target.dtype).square()
+        if self.by_sample is None:
+            target += squares.sum(0)
+        else:
+            self.by_sample.add_squares(name, target, start, squares)
+
     def _finish(self, name: str, target: Tensor) -> None:
-        if target is not self.scores[name]:
-            self.scores[name].add_(target.to(self.scores[name].device))
+        scores = self.scores[name]
+        if target is not scores:
+            if target.is_cuda and scores.device.type == "cpu":
+                # Through pinned memory, which torch keeps for the next parameter of this size.
+                host = torch.empty(target.shape, dtype=target.dtype, pin_memory=True)
+                target = host.copy_(target)
+            scores.add_(target.to(scores.device))
         self.done.add(name)
 
     def _tensors(self, use: _Use) -> tuple[Tensor, Tensor]:
@@ -322,6 +397,7 @@ class FisherAccumulator:
         return self.layouts.samples_first(layout, tensor, feature_dims, fill)
 
     def _target(self, name: str, device: torch.device) -> Tensor:
+        """Where squares are added up: the scores, or a buffer beside the module, freed with it."""
         scores = self.scores[name]
         return scores if scores.device == device else torch.zeros_like(scores, device=device)
 

@@ -203,8 +203,8 @@ def gather(tensor: Tensor, indices: Tensor, dtype: torch.dtype = torch.float32) 
     return tensor.detach().take(indices.long()).to(dtype)
 
 
-def leaf_dtype(weight: Tensor) -> torch.dtype:
-    """float32, or float64 for a float64 weight."""
+def wide_dtype(weight: Tensor) -> torch.dtype:
+    """That of a weight's leaf and moments: float32, or float64 for a float64 weight."""
     return torch.promote_types(weight.dtype, torch.float32)
 
 

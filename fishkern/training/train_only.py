@@ -15,7 +15,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from fishkern.interception import exchange_class, original_class, rule_for
 from fishkern.names import named_parameters, suggest
 from fishkern.selection.masks import SparseMask
-from fishkern.training.leaves import CHILD, Leaves, gather, leaf_dtype, owner_members
+from fishkern.training.leaves import CHILD, Leaves, gather, wide_dtype, owner_members
 
 __all__ = ["Handle", "attached", "train_only"]
 
@@ -236,7 +236,7 @@ class Handle:
                     assert weight is not None
                     indices = self._mask[name].to(weight.device)
                     if name not in leaves:  # a tied weight has one leaf
-                        leaves[name] = nn.Parameter(gather(weight, indices, leaf_dtype(weight)))
+                        leaves[name] = nn.Parameter(gather(weight, indices, wide_dtype(weight)))
                     child.add(local, leaves[name], indices)
             names = tuple(local for local, _ in entries)
             rule = rule_for(module)

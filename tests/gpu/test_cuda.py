@@ -141,6 +141,22 @@ def test_scores_on_the_host(device):
         assert torch.equal(t, beside[name].cpu()), name
 
 
+def test_scores_on_the_host_hold_one_layer_on_the_device(device):
+    """At most the largest layer's buffer lies beside the model, never all scores."""
+    problem = PROBLEMS["bert"]
+    model = problem.model().to(device)
+    batches = [to(problem.batch(), device)]
+    peaks = {}
+    for where in ("cpu", None):
+        fishkern.estimate_fisher(model, batches, progress=False, verify=0, score_device=where)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        fishkern.estimate_fisher(model, batches, progress=False, verify=0, score_device=where)
+        peaks[where] = torch.cuda.max_memory_allocated() - before
+    sizes = sorted(4 * p.numel() for p in model.parameters())
+    assert peaks["cpu"] < peaks[None] - sum(sizes[:-2])
+
+
 def test_scoring_selecting_and_training(device):
     problem = PROBLEMS["bert"]
     model, batch = problem.model().to(device), to(problem.batch(), device)
