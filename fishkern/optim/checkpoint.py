@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fishkern.training.leaves import wide_dtype
 from fishkern.optim.roles import (
     admit,
     check_answered,
@@ -24,6 +23,7 @@ from fishkern.optim.roles import (
     leaf_owner,
 )
 from fishkern.selection.masks import SparseMask
+from fishkern.training.leaves import wide_dtype
 
 Groups = list[dict[str, Any]]
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")

@@ -15,7 +15,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from fishkern.interception import exchange_class, original_class, rule_for
 from fishkern.names import named_parameters, suggest
 from fishkern.selection.masks import SparseMask
-from fishkern.training.leaves import CHILD, Leaves, gather, wide_dtype, owner_members
+from fishkern.training.leaves import CHILD, Leaves, gather, owner_members, wide_dtype
 
 __all__ = ["Handle", "attached", "train_only"]
 
