@@ -192,7 +192,7 @@ void write(const float* from, void* data, Dtype dtype, Positions where, int64_t 
 // Whether n entries lie so close together that the processor foresees their lines by itself.
 template <class Index>
 inline bool is_stream(const Index* at, int64_t n) {
-  return at[n - 1] - at[0] < 16 * n;
+  return at[n - 1] - at[0] < 4 * n;
 }
 
 // Parameter and gradient from the same positions; the lines of later entries are asked for ahead
