@@ -29,6 +29,7 @@ PYTHON = sys.executable
 OP_TESTS = (
     "tests/unit/test_embedding_fisher.py",
     "tests/unit/test_linear_fisher.py",
+    "tests/unit/test_linear_selected_grad.py",
     "tests/unit/test_masked_adamw.py",
     "tests/unit/test_norm_fisher.py",
     "tests/unit/test_topk_indices.py",

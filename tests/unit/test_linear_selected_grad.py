@@ -409,6 +409,21 @@ def test_the_plan_holds_what_the_route_reads():
     assert plans["rows"].indices.tolist() == [3, 8, 13, 14]
 
 
+@pytest.mark.parametrize("route", [None, *ROUTES])
+def test_selected_grad_inside_a_compiled_graph(route):
+    x, grad_out = problem(((6,), 4, 5))
+    indices = draw((4, 5), 0.3)
+    given = plan_selected_grad(indices, (4, 5), route=route) if route else indices
+
+    def twice(selected, x, grad_out):
+        linear_selected_grad_(selected, x, grad_out, given)
+        return selected * 2
+
+    compiled = torch.compile(twice, fullgraph=True, backend="aot_eager")
+    result = compiled(torch.zeros(len(indices)), x, grad_out)
+    assert_matches(result, 2 * truth(x, grad_out)[indices.long()], terms=6)
+
+
 ERRORS = {
     "x has no dimension": (ValueError, "same leading dimensions", {"x": torch.ones(())}),
     "dimensions differ": (ValueError, "same leading dimensions", {"x": torch.ones(4, 3)}),
