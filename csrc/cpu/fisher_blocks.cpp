@@ -10,30 +10,38 @@
 namespace fishkern::fisher {
 namespace {
 
-// Blocks of the result: large enough that packing is cheap beside the products, small enough for
-// the second-level cache, and, if the result is small, for enough of them to share among threads.
-constexpr int64_t kBlockRows = 128, kSmallBlockRows = 64;
-constexpr int64_t kBlockCols = 384, kSmallBlockCols = 192;
-constexpr int64_t kEnoughBlocks = 16;
+// Blocks of the result: as large as a second-level cache takes, since operands are packed again for
+// each block; smaller ones where there would be too few to share among threads.
+constexpr int64_t kBlockRows[] = {384, 128, 64};
+constexpr int64_t kBlockCols[] = {384, 192};
 
 // Fewer floating-point operations than this are not worth another thread.
 constexpr int64_t kGrain = 1 << 20;
 
 // The shorter operand is read one number at a time, the longer one in vectors.
 void make_columns_long(Problem& problem) {
-  if (problem.cols.size >= std::min(problem.rows.size, kSmallBlockCols)) return;
+  if (problem.cols.size >= std::min(problem.rows.size, kBlockCols[1])) return;
   std::swap(problem.rows, problem.cols);
   std::swap(problem.row_stride, problem.col_stride);
   std::swap(problem.mask_row_stride, problem.mask_col_stride);
 }
 
-// By shapes alone: the order in which scores are added up follows from it.
-void choose_blocks(Problem& problem, int64_t num_problems) {
-  const auto too_few = [&] { return num_problems * problem.num_blocks() < kEnoughBlocks; };
-  problem.block_rows = kBlockRows;
-  problem.block_cols = kBlockCols;
-  if (too_few()) problem.block_cols = kSmallBlockCols;
-  if (too_few()) problem.block_rows = kSmallBlockRows;
+// Of the block sizes, from large to small, the first one that makes enough blocks, or the last one.
+void choose_blocks(Problem& problem, int64_t num_problems, int64_t enough) {
+  for (const int64_t rows : kBlockRows) {
+    for (const int64_t cols : kBlockCols) {
+      problem.block_rows = rows, problem.block_cols = cols;
+      if (num_problems * problem.num_blocks() >= enough) return;
+    }
+  }
+}
+
+// The number of blocks from which on threads share them evenly. With scores it must not depend on
+// the number of threads: the order in which they are added up follows from it.
+int64_t enough_blocks(bool scores) {
+  constexpr int64_t kEach = 4, kWithScores = 16;
+  const int64_t threads = torch::stable::get_num_threads();
+  return scores ? kWithScores : threads > 1 ? kEach * threads : 1;
 }
 
 }  // namespace
@@ -42,7 +50,7 @@ void compute(std::vector<Problem> problems, float* sample_scores, int64_t stride
   if (problems.empty()) return;
   for (Problem& problem : problems) {
     make_columns_long(problem);
-    choose_blocks(problem, problems.size());
+    choose_blocks(problem, problems.size(), enough_blocks(sample_scores));
   }
   const Problem& first = problems.front();
   const int64_t num_blocks = first.num_blocks(), num_samples = first.samples;

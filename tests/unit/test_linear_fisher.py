@@ -28,7 +28,7 @@ SHAPES = [
 ]
 # More than a block of the compiled kernels in every direction, and more tokens than a chunk.
 LARGE_SHAPES = [
-    (3, (7,), 131, 390),
+    (3, (7,), 395, 390),
     (2, (300,), 70, 200),
     (150, (), 66, 194),
     (2, (129,), 401, 3),
@@ -334,8 +334,13 @@ def test_linear_fisher_is_deterministic(backend):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("shape", [(8, (32,), 130, 400), (8, (200,), 8, 900), (8, (200,), 900, 8)])
-def test_linear_fisher_does_not_depend_on_threads(native, shape):
+@pytest.mark.parametrize(
+    "shape",
+    [(8, (32,), 130, 400), (8, (200,), 8, 900), (8, (200,), 900, 8), (3, (5,), 399, 401)],
+    ids=str,
+)
+@pytest.mark.parametrize("scores", [True, False])
+def test_linear_fisher_does_not_depend_on_threads(native, shape, scores):
     x, grad_out = problem(shape)
     mask = torch.rand(shape[2:]) < 0.5
     before = torch.get_num_threads()
@@ -343,7 +348,11 @@ def test_linear_fisher_does_not_depend_on_threads(native, shape):
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results.append(run_all_outputs(x, grad_out, mask))
+            if scores:
+                results.append(run_all_outputs(x, grad_out, mask))
+            else:
+                results.append((torch.ones(mask.shape), torch.ones(len(mask))))
+                linear_fisher_(results[-1][0], x, grad_out, bias_fisher=results[-1][1])
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:

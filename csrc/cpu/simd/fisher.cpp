@@ -129,12 +129,13 @@ class Block {
   }
 
   // Calls visit(row, rows, col, cols padded, offset) for every tile; tiles lie one after another.
+  // The panel of columns, the wider one, stays in the nearest cache while the rows pass by.
   template <typename Visit>
   void for_each_tile(Visit visit) const {
-    for (int64_t r = 0; r < rows_; r += kTileRows) {
-      const int64_t rows = min(kTileRows, rows_ - r);
-      for (int64_t c = 0; c < padded_cols_; c += kTileCols)
-        visit(r, rows, c, min(kTileCols, padded_cols_ - c), r * padded_cols_ + c * rows);
+    for (int64_t c = 0; c < padded_cols_; c += kTileCols) {
+      const int64_t cols = min(kTileCols, padded_cols_ - c);
+      for (int64_t r = 0; r < rows_; r += kTileRows)
+        visit(r, min(kTileRows, rows_ - r), c, cols, c * rows_ + r * cols);
     }
   }
 
