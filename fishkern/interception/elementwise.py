@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from fishkern.interception.capture import Site, subclass
+from fishkern.interception.capture import Site, is_paused, subclass
 from fishkern.interception.rules import Rule
 
 #: Called in the backward pass with (use, grad_out).
@@ -403,6 +403,8 @@ def _read(name: str, owner: nn.Module) -> Tensor:
     sites, consume = owner.__dict__[_SITES]
     param = owner._parameters[name]
     assert param is not None
+    if is_paused():
+        return param
     alias = param.view_as(param)
     tracked = Tracked.make(alias, {alias: sites[name]}, consume)
     tracked.entrywise = True

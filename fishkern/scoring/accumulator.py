@@ -46,7 +46,6 @@ class FisherAccumulator:
         self.params = params
         self.scores = scores
         self.by_sample = by_sample
-        self.reasons: dict[str, str] = {}  # why modules could not be run again
         self.tied: set[str] = set()  # scored by a formula that can round to less than zero
         self.layouts = Layouts()
         self._begin()
@@ -197,13 +196,16 @@ class FisherAccumulator:
             return
         try:
             self._rerun(call, names, grad_out)
-        except RerunError as error:
+        except RerunError:
             for name in names:
-                self.reasons[name] = str(error)
                 self._stray(name)
 
     def _rerun(self, call: Call, names: list[str], grad_out: Tensor) -> None:
         """Hold the samples' gradients; what is large and has no other use is squared at once."""
+        if call.trouble is not None:
+            raise RerunError(call.trouble)
+        if self.layouts.packing is not None and self.layouts.num_samples > 1:
+            raise RerunError("its samples are packed")
         own, parts = self._call_alone(call)
         grad_out = self._output_alone(call, grad_out)
         output = None if call.output is None else self._output_alone(call, call.output)
@@ -229,10 +231,11 @@ class FisherAccumulator:
         own, parts = [], []
         for site, tensor in zip(call.sites, call.tensors, strict=True):
             layout = self.layouts.of(site, tuple(tensor.shape))
-            own.append(layout is not None and self.layouts.num_samples > 1)
-            if own[-1]:
+            several = self.layouts.num_samples > 1
+            own.append(several and layout is not None)
+            if several and layout is not None:
                 tensor = self.layouts.alone(layout, tensor)
-            elif self.layouts.num_samples > 1 and not self.layouts.is_constant(site):
+            elif several and not self.layouts.is_constant(site):
                 raise RerunError(
                     f"the samples are not to be found in an input of shape {list(tensor.shape)}"
                 )

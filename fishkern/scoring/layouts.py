@@ -53,6 +53,7 @@ class Layouts:
     def __init__(self) -> None:
         self.gathers = False  # whether the model was seen to gather tokens into lists
         self._known: dict[Site, list[Layout | None]] = {}
+        self._constant: dict[Site, bool] = {}
         self.begin(None)
 
     def begin(self, packing: Packing | None) -> None:
@@ -89,6 +90,10 @@ class Layouts:
     def of(self, site: Site, shape: Shape) -> Layout | None:
         """The layout of an input of this shape; None where it has no axis of samples."""
         return self._by_shape.get((site, shape))
+
+    def is_constant(self, site: Site) -> bool:
+        """Whether the site's inputs are of the same shape for any number of samples."""
+        return self._constant.get(site, False)
 
     def end_forward(
         self,
@@ -212,6 +217,7 @@ class Layouts:
         for site, shapes in self._calls.items():
             dims, ones = site.rule.input_dims(site.module), first.get(site, [])
             same_calls = len(ones) == len(shapes)
+            self._constant[site] = list(ones) == shapes
             self._known[site] = (
                 [
                     find_layout(one, shape, self.num_samples, dims, token_counts)
@@ -254,12 +260,14 @@ class Layouts:
             if not use.repeats(0, 1):
                 return None
             return self.packing.by_sample(grad_out, fill=0.0).unsqueeze(1)
-        if not use.repeats(layout.axis):
-            return None
+        return self.alone(layout, grad_out) if use.repeats(layout.axis) else None
+
+    def alone(self, layout: Layout, tensor: Tensor) -> Tensor:
+        """``[N, *]``, the rest as if each sample were alone. Not of packed samples."""
         if layout.flattened:
-            grad_out = grad_out.unflatten(layout.axis, (self.num_samples, -1))
-            return grad_out.movedim(layout.axis, 0)
-        return grad_out.movedim(layout.axis, 0).unsqueeze(1 + layout.axis)
+            tensor = tensor.unflatten(layout.axis, (self.num_samples, -1))
+            return tensor.movedim(layout.axis, 0)
+        return tensor.movedim(layout.axis, 0).unsqueeze(1 + layout.axis)
 
 
 def find_layout(

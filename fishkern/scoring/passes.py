@@ -15,6 +15,7 @@ from fishkern.batches import samples
 from fishkern.batches.losses import LossFn, require_losses
 from fishkern.batches.packing import packing_of
 from fishkern.interception import Site, elementwise, intercepted, rule_for
+from fishkern.interception.rerun import Rerun, find_reruns, rerunning
 from fishkern.scoring.accumulator import FisherAccumulator
 from fishkern.scoring.layouts import Shape
 from fishkern.scoring.preserve import backward
@@ -55,6 +56,7 @@ class Scoring:
         self.accumulator = FisherAccumulator(candidates, self.scores, by_sample)
         self.sites = self._find_sites()
         self.elementwise = self._find_elementwise()
+        self.reruns: list[Rerun] = []
         self.loop: set[str] = set()
         self.probed = self.verified = self.attached = False
         self.packed: bool | None = None
@@ -109,6 +111,9 @@ class Scoring:
         size, strays = self._fused_pass(batch, size)
         if size == 0:
             return 0
+        if self.num_samples == 0 and self._run_again_for(strays):
+            self._zero_scores()
+            return self.add(batch, size)
         if spoiled := self.accumulator.spoiled:
             # A use that no rule saw came after others had been accumulated: a tied head's at its
             # turn, and those in a segment of reentrant checkpointing, which has its own backward.
@@ -135,6 +140,9 @@ class Scoring:
         before = {n: s.clone() for n, s in self.scores.items()} if self.num_samples else {}
         self._zero_scores()
         size, strays = self._fused_pass(batch, size, count)
+        while self._run_again_for(strays):
+            self._zero_scores()
+            size, strays = self._fused_pass(batch, size, count)
         if size == 0:
             return
         self.loop |= strays
@@ -146,6 +154,23 @@ class Scoring:
         self._zero_scores()
         for name, scores in before.items():
             self.scores[name].copy_(scores)
+
+    def _run_again_for(self, strays: set[str]) -> bool:
+        """Run modules again for those of the strays that have no rule; whether there are any."""
+        ruled = {name for site in self.sites.values() for name in site.names.values()}
+        free = {name for site in self.elementwise for name in site.names.values()} - ruled
+        before = {n for rerun in self.reruns for n in rerun.params} - self.loop - strays
+        wanted = before | (strays & free)
+        params = {name: param for name, param in self.candidates.items() if name in wanted}
+        reruns = find_reruns(
+            self.model, params, self.accumulator.consume_rerun, self.accumulator.called
+        )
+        names = {name for rerun in reruns for name in rerun.params}
+        if names <= before:
+            return False
+        self.elementwise = [s for s in self.elementwise if names.isdisjoint(s.names.values())]
+        self.reruns, self.probed = reruns, False
+        return True
 
     def restart(self, by_sample: SampleScores | None) -> None:
         """Forget all scores, not what is known of the model, and collect these sums by sample."""
@@ -170,6 +195,7 @@ class Scoring:
         accumulator = self.accumulator
         sites = {m: s for m, s in self.sites.items() if not self.loop.issuperset(s.names.values())}
         others = [site for site in self.elementwise if self.loop.isdisjoint(site.names.values())]
+        reruns = [rerun for rerun in self.reruns if not self.loop.issuperset(rerun.params)]
         packing = packing_of(batch)
         if self.packed not in (None, packing is not None):
             raise ValueError("sample_ids are in some batches only: pass them in all, or in none")
@@ -180,6 +206,7 @@ class Scoring:
             accumulator.batch(names, broadcast, packing),
             intercepted(sites),
             elementwise.tracked(others, accumulator.consume_elementwise),
+            rerunning(reruns),
         ):
             try:
                 losses = self._losses(batch, size)
@@ -366,4 +393,9 @@ class Scoring:
 
     def routes(self) -> dict[str, str]:
         """Which way each candidate was scored."""
-        return {name: "loop" if name in self.loop else "fused" for name in self.candidates}
+        again = {n for rerun in self.reruns if rerun.reason is None for n in rerun.params}
+        by_module = {n for rerun in self.reruns for n in rerun.params} - again
+        return {
+            name: "loop" if name in self.loop | by_module else "vmap" if name in again else "fused"
+            for name in self.candidates
+        }
