@@ -60,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             continue
         if not args.times:
             before = rows.get(method.name, {})
-            row |= {key: before.get(key, "") for key in ("model", "cost", "rounds")}
+            if before and before["routes"] == row.get("routes"):  # a cost is that of its routes
+                row |= {key: before[key] for key in ("model", "cost", "rounds")}
         elif "error" in row:
             row |= measure(method, "tiny" if args.quick else "large", args.seconds)
         faults += [f"{method.name}: {fault}" for fault in faults_of(method, row)]
@@ -257,8 +258,8 @@ Measured on: {where}.
 - **fused**: a rule covers the layer, and its kernel takes the place of the weight gradient in the
   one backward pass; or the parameter is multiplied with activations entry by entry (or added to
   them), where its gradient still has the samples. About the ordinary pass, with any number of them.
-- **vmap**: that one module is run again on its own inputs for the gradients of each sample. The
-  ordinary pass, and these modules once more.
+- **vmap**: that one module is run again on its own inputs for the gradients of each sample: more
+  than the ordinary pass, less than the loop.
 - **loop**: a forward and backward pass for each sample of the batch, for these parameters alone;
   the others stay on their own routes. Its price is what batching gives on the machine at hand: a
   few times the ordinary pass on one thread of a CPU, more on a GPU.
