@@ -67,7 +67,7 @@ def measure(
             runs[name] = build(workload)
         except (Missing, Wrong) as reason:
             recorder.add(case.name, name, config, type(reason).__name__.lower(), str(reason))
-        except Exception as error:
+        except Exception as error:  # whatever a peer raises is a row
             if name == case.own:
                 raise
             text = f"{type(error).__name__}: {error}"

@@ -112,10 +112,12 @@ def _forward_members(cls: type[nn.Module]) -> dict[str, Any]:
     """The members of a class whose modules carry their site in ``_fishkern_site``."""
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        site: Site = self.__dict__["_fishkern_site"]
-        if is_paused():
-            return cls.forward(self, *args, **kwargs)
-        if len(args) != 1 or kwargs:  # not the call that the rule describes: an ordinary use
+        site: Site
+        site, own = self.__dict__["_fishkern_site"]
+        # functional_call puts other tensors in the place of the parameters.
+        others = any(self._parameters.get(name) is not param for name, param in own.items())
+        # Not the call that the rule describes: an ordinary use.
+        if is_paused() or others or len(args) != 1 or kwargs:
             return cls.forward(self, *args, **kwargs)
         x = args[0] if site.called is None else site.called(site, args[0])
         return run_intercepted(site, x) if torch.is_grad_enabled() else cls.forward(self, x)
@@ -147,7 +149,8 @@ def intercepted(sites: Mapping[nn.Module, Site]) -> Iterator[None]:
     before = {module: type(module) for module in sites}
     try:
         for module, site in sites.items():
-            module.__dict__["_fishkern_site"] = site
+            own = {name: module._parameters[name] for name in site.names}
+            module.__dict__["_fishkern_site"] = site, own
             exchange_class(module, _forward_members)
         yield
     finally:

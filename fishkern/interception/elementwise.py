@@ -376,7 +376,8 @@ def tracked(sites: Iterable[Site], consume: UseConsumer) -> Iterator[None]:
     before = {module: type(module) for module in owners}
     try:
         for module, own in owners.items():
-            module.__dict__[_SITES] = (own, consume)
+            params = {name: module._parameters[name] for name in own}
+            module.__dict__[_SITES] = (own, params, consume)
             cls: Any = type(module)
             module.__class__ = subclass(cls, _reading(tuple(own)))
         yield
@@ -400,10 +401,10 @@ def _reading(names: tuple[str, ...]) -> Callable[[type[nn.Module]], dict[str, An
 
 
 def _read(name: str, owner: nn.Module) -> Tensor:
-    sites, consume = owner.__dict__[_SITES]
+    sites, params, consume = owner.__dict__[_SITES]
     param = owner._parameters[name]
     assert param is not None
-    if is_paused():
+    if is_paused() or param is not params[name]:  # functional_call put another in its place
         return param
     alias = param.view_as(param)
     tracked = Tracked.make(alias, {alias: sites[name]}, consume)

@@ -234,7 +234,7 @@ class Call:
             try:
                 with self.rerun.aside():
                     return self._one_by_one(tensors, own, grad_out)
-            except Exception as error:
+            except Exception as error:  # whatever keeps the module from running alone
                 raise RerunError(_first_line(error)) from error
 
     def _together(

@@ -191,7 +191,7 @@ def sum_by_sample(squares: Tensor, mask: Tensor | None) -> Tensor:
     """``[N]``: the sum of each sample's ``[N, *shape]`` over the entries in a mask ``[*shape]``."""
     if mask is not None:
         squares = squares.masked_fill(~mask, 0.0)
-    return squares.flatten(1).sum(1)
+    return squares.unsqueeze(-1).flatten(1).sum(1)  # also of a single entry, [N]
 
 
 def _one_sample(tensor: Tensor, feature_dims: int | None) -> Tensor:

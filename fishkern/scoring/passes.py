@@ -18,6 +18,7 @@ from fishkern.interception import Site, elementwise, intercepted, rule_for
 from fishkern.interception.rerun import Rerun, find_reruns, rerunning
 from fishkern.scoring.accumulator import FisherAccumulator
 from fishkern.scoring.layouts import Shape
+from fishkern.scoring.placement import SumsByLayer, misplaced, sample_weights
 from fishkern.scoring.preserve import backward
 from fishkern.scoring.sample_scores import SampleScores
 from fishkern.scoring.verification import check_losses, verify_scores
@@ -32,6 +33,14 @@ def without_graph() -> Iterator[None]:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", CUT_OFF)
         yield
+
+
+def _own_terms(losses: Tensor) -> list[Tensor]:
+    return [term.sum() for term in losses]
+
+
+def _nothing(_: int) -> None:
+    pass
 
 
 class Scoring:
@@ -139,17 +148,37 @@ class Scoring:
         """Compare a few samples, scored inside their whole batch, with one-sample autograd."""
         before = {n: s.clone() for n, s in self.scores.items()} if self.num_samples else {}
         self._zero_scores()
-        size, strays = self._fused_pass(batch, size, count)
-        while self._run_again_for(strays):
-            self._zero_scores()
-            size, strays = self._fused_pass(batch, size, count)
+        weights, sums = torch.ones(1), list[Mapping[tuple[str, ...], Tensor]]()
+
+        def terms(losses: Tensor) -> list[Tensor]:
+            nonlocal weights
+            whole = losses.sum(0)
+            weights = sample_weights(whole.detach())
+            return [whole.sum(), (whole * weights).sum(), *losses[:, :count].sum(1)]
+
+        def ended(term: int) -> None:
+            if term < 2:
+                sums.append(by_layer.take())
+                self._zero_scores()
+
+        with self._collected(SumsByLayer()) as by_layer:
+            size, strays = self._fused_pass(batch, size, terms, ended)
+            while self._run_again_for(strays):
+                self._zero_scores()
+                sums.clear()
+                size, strays = self._fused_pass(batch, size, terms, ended)
         if size == 0:
             return
         self.loop |= strays
         self.verified = size > 1
         count = min(count, size)
-        fused = sorted(set(self.candidates) - self.loop)
         narrow = check_losses(self, batch, size, count)
+        if sums and size > 1:
+            entries = {name: param.numel() for name, param in self.candidates.items()}
+            wrong = misplaced(sums[0], sums[1], weights, entries, 0.2 if narrow else 1e-3)
+            self.loop |= wrong
+            self.probed = self.probed and not wrong
+        fused = sorted(set(self.candidates) - self.loop)
         verify_scores(self, batch, size, count, fused, narrow)
         self._zero_scores()
         for name, scores in before.items():
@@ -159,6 +188,8 @@ class Scoring:
         """Run modules again for those of the strays that have no rule; whether there are any."""
         ruled = {name for site in self.sites.values() for name in site.names.values()}
         free = {name for site in self.elementwise for name in site.names.values()} - ruled
+        if not strays & free:
+            return False
         before = {n for rerun in self.reruns for n in rerun.params} - self.loop - strays
         wanted = before | (strays & free)
         params = {name: param for name, param in self.candidates.items() if name in wanted}
@@ -172,6 +203,16 @@ class Scoring:
         self.reruns, self.probed = reruns, False
         return True
 
+    @contextmanager
+    def _collected(self, by_sample: SumsByLayer) -> Iterator[SumsByLayer]:
+        """These sums by sample, in place of those that were asked for."""
+        asked = self.by_sample
+        self.by_sample = self.accumulator.by_sample = by_sample
+        try:
+            yield by_sample
+        finally:
+            self.by_sample = self.accumulator.by_sample = asked
+
     def restart(self, by_sample: SampleScores | None) -> None:
         """Forget all scores, not what is known of the model, and collect these sums by sample."""
         self._zero_scores()
@@ -183,9 +224,16 @@ class Scoring:
             scores.zero_()
 
     def _fused_pass(
-        self, batch: Any, size: int | None, only: int | None = None
+        self,
+        batch: Any,
+        size: int | None,
+        terms: Callable[[Tensor], list[Tensor]] = _own_terms,
+        ended: Callable[[int], None] = _nothing,
     ) -> tuple[int, set[str]]:
-        """A forward, a backward a term; of the first ``only`` samples if given. Size and strays."""
+        """A forward, a backward for each of the losses' ``terms``; how many samples, and strays.
+
+        ``ended`` is told when the backward of each is done.
+        """
         names = [name for name in self.candidates if name not in self.loop]
         if not names:
             size = self._size(batch) if size is None else size
@@ -226,16 +274,18 @@ class Scoring:
                 counts = samples.token_counts(batch, found)
                 accumulator.layouts.end_forward(found, first, alone, counts)
                 self._begin_samples(found)
-                for k, term in enumerate(losses[:, :only]):
-                    self._backward(term.sum(), batch, retain_graph=k + 1 < len(losses))
+                each = terms(losses)
+                for k, term in enumerate(each):
+                    self._backward(term, batch, retain_graph=k + 1 < len(each))
                     accumulator.end_backward()
                     self._clear_grads()
+                    ended(k)
                 if not self.loop.issuperset(accumulator.strays):
                     # Constants from now on: others may meet them where they met activations.
                     self.probed = False
                 return found, accumulator.strays
         self.broadcasts = self.probed = False
-        return self._fused_pass(batch, size, only)
+        return self._fused_pass(batch, size, terms, ended)
 
     def _begin_samples(self, size: int) -> None:
         if self.by_sample is not None:
@@ -393,9 +443,7 @@ class Scoring:
 
     def routes(self) -> dict[str, str]:
         """Which way each candidate was scored."""
-        again = {n for rerun in self.reruns if rerun.reason is None for n in rerun.params}
-        by_module = {n for rerun in self.reruns for n in rerun.params} - again
-        return {
-            name: "loop" if name in self.loop | by_module else "vmap" if name in again else "fused"
-            for name in self.candidates
-        }
+        routes = dict.fromkeys(self.candidates, "fused")
+        for rerun in self.reruns:  # where vmap cannot run the module, it is looped over
+            routes |= dict.fromkeys(rerun.params, "vmap" if rerun.reason is None else "loop")
+        return routes | dict.fromkeys(self.loop, "loop")

@@ -42,7 +42,7 @@ class SampleScores:
     def result(self) -> Tensor:
         """float32 ``[N]``, in the order of the batches."""
         if not self._finished:
-            return torch.zeros(0)
+            return torch.zeros(0, dtype=torch.float32)
         return torch.cat([part.to(self._finished[0].device) for part in self._finished])
 
     def add_layer(
@@ -82,7 +82,7 @@ class SampleScores:
 
     def _sum(self) -> Tensor:
         """``[N]`` of the batch, over all devices."""
-        parts = list(self._batch.values()) or [torch.zeros(self._size)]
+        parts = list(self._batch.values()) or [torch.zeros(self._size, dtype=torch.float32)]
         total = parts[0]
         for part in parts[1:]:
             total += part.to(total.device)
@@ -90,7 +90,7 @@ class SampleScores:
 
     def _sums(self, device: torch.device) -> Tensor:
         if device not in self._batch:
-            self._batch[device] = torch.zeros(self._size, device=device)
+            self._batch[device] = torch.zeros(self._size, dtype=torch.float32, device=device)
         return self._batch[device]
 
     def _counts(self, name: str) -> bool:
