@@ -31,3 +31,13 @@ def backend(request):
     on_gpu = request.param == "triton" and torch.cuda.is_available()
     with torch.device("cuda") if on_gpu else nullcontext(), _dispatch.use_backend(request.param):
         yield request.param
+
+
+@pytest.fixture
+def native():
+    """Run the test on the C++ kernels; a skip that says why where there are none."""
+    reason = _dispatch.available()["native"]
+    if reason is not None:
+        pytest.skip(f"native: {reason}")
+    with _dispatch.use_backend("native"):
+        yield

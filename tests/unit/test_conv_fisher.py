@@ -2,12 +2,8 @@
 
 import itertools
 import math
-import os
 import random
-import subprocess
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +12,11 @@ import torch.nn.functional as F
 from fishkern import _dispatch
 from fishkern.backends import reference
 from fishkern.functional import conv_fisher_, linear_fisher_
+from tests.support.kernels import (
+    INSTRUCTION_SETS,
+    assert_same_with_any_threads,
+    pass_on_instruction_set,
+)
 from tests.support.tolerances import assert_matches
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -130,15 +131,6 @@ def check_many_cases():
     for case, dtype in itertools.product(cases, DTYPES):
         x, grad_out = problem(case, dtype)
         check(case, x, grad_out, torch.rand(case.weight) < 0.5)
-
-
-@pytest.fixture
-def native():
-    reason = _dispatch.available()["native"]
-    if reason is not None:
-        pytest.skip(f"native: {reason}")
-    with _dispatch.use_backend("native"):
-        yield
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -343,37 +335,12 @@ def test_conv_fisher_is_deterministic(backend):
 def test_conv_fisher_does_not_depend_on_threads(native, name):
     case = LARGE_CASES[name]
     arguments = (case, *problem(case), torch.rand(case.weight) < 0.5)
-    before = torch.get_num_threads()
-    results = []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            results.append(run_all_outputs(*arguments))
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    assert_same_with_any_threads(lambda: run_all_outputs(*arguments))
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 def test_conv_fisher_on_every_instruction_set(native, isa):
-    program = (
-        "import torch, fishkern\n"
-        "from tests.unit import test_conv_fisher\n"
-        "with fishkern.use_backend('native'): test_conv_fisher.check_many_cases()\n"
-        "print(torch.ops.fishkern_native.cpu_capability())"
-    )
-    run = subprocess.run(
-        [sys.executable, "-W", "error", "-c", program],
-        env={**os.environ, "FISHKERN_CPU_CAPABILITY": isa},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    used = ["baseline", "avx2", "avx512"][int(run.stdout)]
-    if used != isa:
-        pytest.skip(f"this CPU has {used} at most")
+    pass_on_instruction_set(check_many_cases, isa)
 
 
 # What is special to the Triton kernel.

@@ -2,16 +2,17 @@
 
 import itertools
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-from fishkern import _dispatch
 from fishkern.functional import linear_fisher_
+from tests.support.kernels import (
+    INSTRUCTION_SETS,
+    assert_same_with_any_threads,
+    pass_on_instruction_set,
+    poisoned,
+)
 from tests.support.tolerances import assert_matches
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -88,15 +89,6 @@ def check_many_shapes():
         x, grad_out = problem(shape, dtype)
         check(x, grad_out, torch.rand(shape[2:]) < 0.5)
         check(x, grad_out)
-
-
-@pytest.fixture
-def native():
-    reason = _dispatch.available()["native"]
-    if reason is not None:
-        pytest.skip(f"native: {reason}")
-    with _dispatch.use_backend("native"):
-        yield
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -205,14 +197,6 @@ def test_linear_fisher_of_strided_inputs(backend, name):
 
 def test_linear_fisher_of_token_dimensions_that_cannot_be_joined(backend):
     check(torch.randn(3, 4, 2, 6).transpose(1, 2), torch.randn(3, 2, 4, 5))
-
-
-def poisoned(tensor):
-    """The same values as a view into the middle of a tensor full of NaN."""
-    large = torch.full([size + 4 for size in tensor.shape], math.nan, dtype=tensor.dtype)
-    view = large[tuple(slice(2, -2) for _ in tensor.shape)]
-    view.copy_(tensor)
-    return view
 
 
 @pytest.mark.parametrize("shape", [*SHAPES[:4], LARGE_SHAPES[0]], ids=str)
@@ -343,41 +327,20 @@ def test_linear_fisher_is_deterministic(backend):
 def test_linear_fisher_does_not_depend_on_threads(native, shape, scores):
     x, grad_out = problem(shape)
     mask = torch.rand(shape[2:]) < 0.5
-    before = torch.get_num_threads()
-    results = []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            if scores:
-                results.append(run_all_outputs(x, grad_out, mask))
-            else:
-                results.append((torch.ones(mask.shape), torch.ones(len(mask))))
-                linear_fisher_(results[-1][0], x, grad_out, bias_fisher=results[-1][1])
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+    def run():
+        if scores:
+            return run_all_outputs(x, grad_out, mask)
+        fisher, bias_fisher = torch.ones(mask.shape), torch.ones(len(mask))
+        linear_fisher_(fisher, x, grad_out, bias_fisher=bias_fisher)
+        return fisher, bias_fisher
+
+    assert_same_with_any_threads(run)
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 def test_linear_fisher_on_every_instruction_set(native, isa):
-    program = (
-        "import torch, fishkern\n"
-        "from tests.unit import test_linear_fisher\n"
-        "with fishkern.use_backend('native'): test_linear_fisher.check_many_shapes()\n"
-        "print(torch.ops.fishkern_native.cpu_capability())"
-    )
-    run = subprocess.run(
-        [sys.executable, "-W", "error", "-c", program],
-        env={**os.environ, "FISHKERN_CPU_CAPABILITY": isa},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    used = ["baseline", "avx2", "avx512"][int(run.stdout)]
-    if used != isa:
-        pytest.skip(f"this CPU has {used} at most")
+    pass_on_instruction_set(check_many_shapes, isa)
 
 
 def test_linear_fisher_into_float64_is_the_references(native):

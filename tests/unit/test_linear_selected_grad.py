@@ -2,10 +2,6 @@
 
 import itertools
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,11 +9,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fishkern import _dispatch
 from fishkern.functional import linear_selected_grad_, plan_selected_grad, restrict_columns
+from tests.support.kernels import (
+    INSTRUCTION_SETS,
+    assert_same_with_any_threads,
+    pass_on_instruction_set,
+    poisoned,
+)
 from tests.support.tolerances import assert_matches
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ROUTES = ["tiles", "columns", "rows"]
-ISAS = ["baseline", "avx2", "avx512"]
 
 # Leading dimensions, O, I: round, odd, narrow, no leading dimension, several.
 SHAPES = [
@@ -83,15 +84,6 @@ def check_many_shapes():
         x, grad_out = problem(shape, dtype)
         for density in (0.02, 0.4, 1.0):
             check(x, grad_out, draw(shape[1:], density), backend="native")
-
-
-@pytest.fixture
-def native():
-    reason = _dispatch.available()["native"]
-    if reason is not None:
-        pytest.skip(f"native: {reason}")
-    with _dispatch.use_backend("native"):
-        yield
 
 
 @pytest.mark.parametrize("route", ROUTES)
@@ -205,14 +197,6 @@ def test_selected_grad_of_strided_indices_and_result(backend, route):
         assert (selected[:, 0] == 1).all()
 
 
-def poisoned(tensor):
-    """The same values as a view into the middle of a tensor full of NaN."""
-    large = torch.full([size + 4 for size in tensor.shape], math.nan, dtype=tensor.dtype)
-    view = large[tuple(slice(2, -2) for _ in tensor.shape)]
-    view.copy_(tensor)
-    return view
-
-
 @pytest.mark.parametrize("shape", [*SHAPES[:4], ((20,), 70, 67)], ids=str)
 def test_selected_grad_reads_and_writes_nothing_outside_the_views(backend, shape):
     x, grad_out = (poisoned(t) for t in problem(shape))
@@ -281,15 +265,7 @@ def test_selected_grad_is_deterministic(backend, route):
 def test_tiles_do_not_depend_on_threads(native):
     x, grad_out = problem(((8, 64), 130, 200))
     indices = draw((130, 200), 0.2)
-    before = torch.get_num_threads()
-    results = []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            results.append(run(x, grad_out, indices, "tiles"))
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(results[0], other) for other in results[1:])
+    assert_same_with_any_threads(lambda: [run(x, grad_out, indices, "tiles")])
 
 
 def test_tiles_in_triton_may_be_of_any_shape_and_split():
@@ -312,24 +288,9 @@ def test_tiles_in_triton_may_be_of_any_shape_and_split():
             assert torch.equal(first, again)
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 def test_selected_grad_on_every_instruction_set(native, isa):
-    program = (
-        "import torch, fishkern\n"
-        "from tests.unit import test_linear_selected_grad as test\n"
-        "with fishkern.use_backend('native'): test.check_many_shapes()\n"
-        "print(torch.ops.fishkern_native.cpu_capability())"
-    )
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", program],
-        env={**os.environ, "FISHKERN_CPU_CAPABILITY": isa},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    if ISAS[int(done.stdout)] != isa:
-        pytest.skip(f"this CPU has {ISAS[int(done.stdout)]} at most")
+    pass_on_instruction_set(check_many_shapes, isa)
 
 
 class Largest(TorchDispatchMode):

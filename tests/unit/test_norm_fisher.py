@@ -2,16 +2,18 @@
 
 import itertools
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from fishkern import _dispatch
 from fishkern.functional import norm_fisher_
+from tests.support.kernels import (
+    INSTRUCTION_SETS,
+    assert_same_with_any_threads,
+    pass_on_instruction_set,
+    poisoned,
+)
 from tests.support.tolerances import assert_matches
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -85,15 +87,6 @@ def check_many_shapes():
         check(*problem(shape, dtype), wanted, masks_for(shape[2]))
 
 
-@pytest.fixture
-def native():
-    reason = _dispatch.available()["native"]
-    if reason is not None:
-        pytest.skip(f"native: {reason}")
-    with _dispatch.use_backend("native"):
-        yield
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_norm_fisher_equals_per_sample_autograd(backend, shape, dtype):
@@ -150,14 +143,6 @@ def test_norm_fisher_of_strided_inputs(backend, name):
 
 def test_norm_fisher_of_token_dimensions_that_cannot_be_joined(backend):
     check(torch.randn(3, 4, 2, 6).transpose(1, 2), torch.randn(3, 2, 4, 6))
-
-
-def poisoned(tensor):
-    """The same values as a view into the middle of a tensor full of NaN."""
-    large = torch.full([size + 4 for size in tensor.shape], math.nan, dtype=tensor.dtype)
-    view = large[tuple(slice(2, -2) for _ in tensor.shape)]
-    view.copy_(tensor)
-    return view
 
 
 @pytest.mark.parametrize("shape", SHAPES[:5], ids=str)
@@ -263,37 +248,12 @@ def test_norm_fisher_is_deterministic(backend):
 def test_norm_fisher_does_not_depend_on_threads(native, shape):
     x_hat, grad_out = problem(shape)
     masks = masks_for(shape[2])
-    before = torch.get_num_threads()
-    results = []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            results.append(run(x_hat, grad_out, masks))
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        assert all(map(torch.equal, results[0], other))
+    assert_same_with_any_threads(lambda: run(x_hat, grad_out, masks))
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 def test_norm_fisher_on_every_instruction_set(native, isa):
-    program = (
-        "import torch, fishkern\n"
-        "from tests.unit import test_norm_fisher as tests\n"
-        "with fishkern.use_backend('native'): tests.check_many_shapes()\n"
-        "print(torch.ops.fishkern_native.cpu_capability())"
-    )
-    run = subprocess.run(
-        [sys.executable, "-W", "error", "-c", program],
-        env={**os.environ, "FISHKERN_CPU_CAPABILITY": isa},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    used = ["baseline", "avx2", "avx512"][int(run.stdout)]
-    if used != isa:
-        pytest.skip(f"this CPU has {used} at most")
+    pass_on_instruction_set(check_many_shapes, isa)
 
 
 def test_norm_fisher_into_float64_is_the_references(native):
