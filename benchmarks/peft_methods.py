@@ -249,12 +249,14 @@ METHODS = (
         "PrefixTuningConfig",
         {"fused": f"embedding {HEAD}"},
         {**VIRTUAL, **CLASSES},
+        passes="past_key_values",
     ),
     Method(
         "prefix tuning (projected)",
         "PrefixTuningConfig",
         {"fused": f"embedding transform* {HEAD}"},
         {"prefix_projection": True, "encoder_hidden_size": 8, **VIRTUAL, **CLASSES},
+        passes="past_key_values",
     ),
     Method(
         "prefix tuning (causal)",

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,8 @@ class Method:
     ``routes``: route -> kinds of parameters that go this way, as patterns. ``refused``: what the
     error says where there is nothing exact to give, and ``why``. ``tasks``: batches say each
     sample's task. ``default_loss``: off where PEFT trains on another one, so that a ``loss_fn``
-    must be passed.
+    must be passed. ``passes``: an argument that PEFT hands to the base model, which not every
+    release of transformers still calls by PEFT's name.
     """
 
     name: str
@@ -157,17 +159,21 @@ class Method:
     refused: str = ""
     why: str = ""
     default_loss: bool = True
+    passes: str = ""
 
     def build(self, size: str = "tiny") -> nn.Module:
         """The adapted model, the same each time, its trained weights at no special point.
 
         Raises:
-            Missing: The package that adapts is not installed.
+            Missing: The package that adapts, or one it needs, is not installed or does not fit.
         """
         package = imported(self.package)
         torch.manual_seed(0)
         base = BASES[self.base]
         model = base.model(size)
+        if self.passes and self.passes not in signature(model.base_model.forward).parameters:
+            name = type(model).__name__
+            raise Missing(f"{self.package} passes {self.passes}, which {name} does not take")
         config = getattr(package, self.config)
         with tempfile.TemporaryDirectory() as folder:
             made = self.options
@@ -177,7 +183,10 @@ class Method:
             else:
                 if "target_modules" in config.__dataclass_fields__:
                     options.setdefault("target_modules", list(base.targets))
-                model = package.get_peft_model(model, config(**options))
+                try:
+                    model = package.get_peft_model(model, config(**options))
+                except ImportError as error:  # what a single method needs beside it
+                    raise Missing(str(error)) from error
         if self.after is not None:
             self.after(model, self.batch(model))
         with torch.no_grad():

