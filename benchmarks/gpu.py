@@ -27,13 +27,13 @@ from benchmarks.machine import RESULTS, ROOT, describe, machine_name, num_cores
 BUDGET = 600.0  # seconds, for everything
 PYTHON = sys.executable
 OP_TESTS = (
-    "tests/unit/test_embedding_fisher.py",
-    "tests/unit/test_linear_fisher.py",
-    "tests/unit/test_linear_selected_grad.py",
-    "tests/unit/test_masked_adamw.py",
-    "tests/unit/test_norm_fisher.py",
-    "tests/unit/test_topk_indices.py",
-    "tests/unit/test_triton_kernels.py",
+    "tests/kernels/test_embedding_fisher.py",
+    "tests/kernels/test_linear_fisher.py",
+    "tests/kernels/test_linear_selected_grad.py",
+    "tests/kernels/test_masked_adamw.py",
+    "tests/kernels/test_norm_fisher.py",
+    "tests/kernels/test_topk_indices.py",
+    "tests/kernels/test_triton_kernels.py",
 )
 # The machine's own versions: what they deprecate, and which plugins they bring, is not tested here.
 PYTEST = (

@@ -12,8 +12,10 @@ from fishkern.backends import native
 
 ROOT = Path(__file__).resolve().parents[2]
 LEVELS = list(native.build.INSTRUCTION_SETS)
-UNIT_TESTS = [
-    path for op in _ops.SCHEMAS for path in (ROOT / "tests/unit").glob(f"test_{op.rstrip('_')}*.py")
+KERNEL_TESTS = [
+    path
+    for op in _ops.SCHEMAS
+    for path in (ROOT / "tests/kernels").glob(f"test_{op.rstrip('_')}*.py")
 ]
 
 
@@ -40,7 +42,7 @@ def here():
 def test_kernels_of_older_cpus(here, capability):
     if LEVELS.index(capability) > LEVELS.index(here):
         pytest.skip(f"this machine has {here} only")
-    result = run(capability, "-m", "pytest", "-q", "-m", "not slow", "-k", "native", *UNIT_TESTS)
+    result = run(capability, "-m", "pytest", "-q", "-m", "not slow", "-k", "native", *KERNEL_TESTS)
     assert result.returncode == 0, result.stdout[-3000:]
 
 

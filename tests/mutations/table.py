@@ -9,10 +9,10 @@ tests are those that find the same mutants in the other backends.
 
 from tests.mutations.mutant import Edit, Mutant
 
-TESTS = "tests/training/test_estimate_pitfalls.py"
+TESTS = "tests/scoring/test_estimate_pitfalls.py"
 
-REFERENCE = "backends/reference/fisher.py"
-TRITON = "backends/triton/fisher.py"
+REFERENCE = "backends/reference/linear.py"
+TRITON = "backends/triton/linear.py"
 PRESERVE = "scoring/preserve.py"
 LOSSES = "batches/losses.py"
 LABELS = "batches/labels.py"

@@ -17,7 +17,7 @@ def linear_fisher_(
     sample_scores: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> None:
-    """See ``csrc/cpu/fisher.cpp``, but samples of one token are torch's: their squares factor.
+    """See ``csrc/cpu/linear.cpp``, but samples of one token are torch's: their squares factor.
 
     ``sum_n (g_n x_n^T)^2 = (g^2)^T x^2``, a plain matrix product, which torch may be allowed to do
     in less than float32; then it is not asked.

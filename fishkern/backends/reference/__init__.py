@@ -8,10 +8,10 @@ from fishkern.backends.packed import by_lists
 from fishkern.backends.reference.adamw import masked_adamw_
 from fishkern.backends.reference.conv import conv_fisher_
 from fishkern.backends.reference.embedding import embedding_fisher_
-from fishkern.backends.reference.fisher import linear_fisher_
+from fishkern.backends.reference.linear import linear_fisher_
 from fishkern.backends.reference.norm import norm_fisher_
-from fishkern.backends.reference.select import topk_indices
 from fishkern.backends.reference.selected_grad import linear_selected_grad_
+from fishkern.backends.reference.topk import topk_indices
 
 __all__ = [
     "DEVICES",

@@ -20,7 +20,7 @@ DEVICES = ("cpu", "cuda") if INTERPRETED else ("cuda",)
 _FILES = {
     "conv_fisher_": "conv",
     "embedding_fisher_": "embedding",
-    "linear_fisher_": "fisher",
+    "linear_fisher_": "linear",
     "linear_selected_grad_": "selected_grad",
     "masked_adamw_": "adamw",
     "masked_adamw_packed_": "adamw",

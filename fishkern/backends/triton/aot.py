@@ -31,8 +31,8 @@ from fishkern.backends.triton import INTERPRETED
 from fishkern.backends.triton.adamw import masked_adamw_
 from fishkern.backends.triton.conv import conv_fisher_
 from fishkern.backends.triton.embedding import embedding_fisher_
-from fishkern.backends.triton.fisher import linear_fisher_
 from fishkern.backends.triton.launch import Launch, collect
+from fishkern.backends.triton.linear import linear_fisher_
 from fishkern.backends.triton.norm import norm_fisher_
 from fishkern.backends.triton.selected_grad import linear_selected_grad_
 

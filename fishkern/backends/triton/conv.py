@@ -1,7 +1,7 @@
 """Per-sample squared gradients of a convolution, accumulated: patches are read where they lie.
 
 Letters: n sample, t position of the output (in each call of the layer), o output channel and f
-entry of the kernel (channel, k0, k1, k2), both within a group. The program is ``fisher.py``'s: it
+entry of the kernel (channel, k0, k1, k2), both within a group. The program is ``linear.py``'s: it
 owns a tile of one group's weights and a range of whole samples, and keeps two float32
 accumulators. Only the addresses differ: an element of a patch is at the sum of what its position
 and what its entry contribute, or is zero where that is outside the input.
@@ -19,13 +19,13 @@ import triton.language as tl
 from torch import Tensor
 
 from fishkern.backends.triton import INTERPRETED
-from fishkern.backends.triton.fisher import (
+from fishkern.backends.triton.launch import Launch, run
+from fishkern.backends.triton.linear import (
     TILES_PER_SWIZZLE,
     Config,
     choose_config,
     choose_splits,
 )
-from fishkern.backends.triton.launch import Launch, run
 from fishkern.backends.triton.norm import norm_fisher_
 from fishkern.backends.triton.operands import TRITON_DTYPES, check_dtypes, strides
 

@@ -15,8 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fishkern.backends.triton import INTERPRETED
-from fishkern.backends.triton.fisher import TILES_PER_SWIZZLE, Config, choose_splits
 from fishkern.backends.triton.launch import Launch, run
+from fishkern.backends.triton.linear import TILES_PER_SWIZZLE, Config, choose_splits
 from fishkern.backends.triton.operands import TRITON_DTYPES, check_dtypes, strides
 
 

@@ -11,6 +11,8 @@ from torch.utils.checkpoint import checkpoint
 from fishkern import FisherDiagonal, estimate_fisher
 from fishkern.batches import losses
 from fishkern.batches.labels import Draws, expected_terms
+from tests.scoring.test_estimate_conditions import process_group
+from tests.scoring.test_estimate_fisher import padded
 from tests.support.oracle import batch_size, fisher_oracle, squared_error
 from tests.support.problems import (
     PROBLEMS,
@@ -27,8 +29,6 @@ from tests.support.problems import (
     token_classes,
 )
 from tests.support.tolerances import assert_matches, assert_scores_match
-from tests.training.test_estimate_conditions import process_group
-from tests.training.test_estimate_fisher import padded
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*gradient_checkpointing:FutureWarning", "ignore:.*use_reentrant:UserWarning"

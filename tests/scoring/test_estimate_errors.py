@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from fishkern import FisherVerificationError, estimate_fisher
+from tests.scoring.test_estimate_preserve import assert_unchanged, state
 from tests.support.oracle import squared_error
-from tests.training.test_estimate_preserve import assert_unchanged, state
 
 N, I, O = 4, 3, 2  # samples, input and output features  # noqa: E741
 

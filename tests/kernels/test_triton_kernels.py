@@ -9,11 +9,11 @@ from fishkern import _dispatch
 from fishkern.backends import reference
 from tests.support.tolerances import assert_matches
 
-fisher = pytest.importorskip("fishkern.backends.triton.fisher")
+linear = pytest.importorskip("fishkern.backends.triton.linear")
 norm = pytest.importorskip("fishkern.backends.triton.norm")
 adamw = pytest.importorskip("fishkern.backends.triton.adamw")
 launch = pytest.importorskip("fishkern.backends.triton.launch")
-Config = fisher.Config
+Config = linear.Config
 
 reason = _dispatch.available()["triton"]
 pytestmark = pytest.mark.skipif(reason is not None, reason=f"triton: {reason}")
@@ -50,7 +50,7 @@ def fisher_result(x, grad_out, mask=None, scores=True, **forced):
     if not scores:
         del sizes["sample_scores"]
     result = {k: torch.zeros(s, device=x.device) for k, s in sizes.items()}
-    fisher.linear_fisher_(x=x, grad_out=grad_out, mask=mask, **result, **forced)
+    linear.linear_fisher_(x=x, grad_out=grad_out, mask=mask, **result, **forced)
     return result
 
 
@@ -143,7 +143,7 @@ def test_linear_fisher_reads_and_writes_nothing_beside_its_views(last_dim_first,
     for splits in (1, 2):
         views = {k: inside_poison(torch.zeros(s, device=DEVICE)) for k, s in sizes.items()}
         result = {name: view for name, (view, _) in views.items()}
-        fisher.linear_fisher_(x=x, grad_out=grad_out, splits=splits, **result)
+        linear.linear_fisher_(x=x, grad_out=grad_out, splits=splits, **result)
         assert_fisher(result, fisher_truth(*plain), terms=tokens * 3)
         for view, room in views.values():
             assert int((~room.isnan()).sum()) == view.numel()
@@ -166,9 +166,9 @@ def test_linear_fisher_bias_without_inputs():
 def test_linear_fisher_refuses_float64():
     x, grad_out = problem(1, 1, 2, 2)
     with pytest.raises(TypeError, match=r"x has dtype torch\.float64"):
-        fisher.linear_fisher_(torch.zeros(2, 2, device=DEVICE), x.double(), grad_out)
+        linear.linear_fisher_(torch.zeros(2, 2, device=DEVICE), x.double(), grad_out)
     with pytest.raises(TypeError, match="accumulates in float32"):
-        fisher.linear_fisher_(torch.zeros(2, 2, device=DEVICE).double(), x, grad_out)
+        linear.linear_fisher_(torch.zeros(2, 2, device=DEVICE).double(), x, grad_out)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -179,7 +179,7 @@ def test_linear_fisher_refuses_float64():
 def test_choose_config_fits_the_hardware(dtype, size_o, size_i, regular):
     for tokens in (1, 20, 2048):
         for scores in (False, True):
-            config = fisher.choose_config(
+            config = linear.choose_config(
                 size_o, size_i, tokens, dtype, scores=scores, regular=regular
             )
             blocks = config.block_o, config.block_i, config.block_t
@@ -191,9 +191,9 @@ def test_choose_config_fits_the_hardware(dtype, size_o, size_i, regular):
 def test_choose_splits_fills_the_device_with_whole_samples():
     config = Config(16, 128, 64, 4, 3)
     device = torch.device("cpu")  # counts as 132 multiprocessors
-    assert fisher.choose_splits(1000, 32, config, device) == 1
-    assert fisher.choose_splits(32, 3, config, device) == 3
-    assert fisher.choose_splits(32, 64, config, device) == 16
+    assert linear.choose_splits(1000, 32, config, device) == 1
+    assert linear.choose_splits(32, 3, config, device) == 3
+    assert linear.choose_splits(32, 64, config, device) == 16
 
 
 # ---- masked_adamw_ ----

@@ -272,7 +272,7 @@ def test_tiles_in_triton_may_be_of_any_shape_and_split():
     reason = _dispatch.available()["triton"]
     if reason is not None:
         pytest.skip(f"triton: {reason}")
-    from fishkern.backends.triton.fisher import Config
+    from fishkern.backends.triton.linear import Config
     from fishkern.backends.triton.selected_grad import linear_selected_grad_ as kernel
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -11,11 +11,11 @@ from torch.utils.checkpoint import checkpoint
 import fishkern
 from fishkern import FisherDiagonal, FishSparseAdamW, SparseMask, baseline_scores, select
 from fishkern.scoring.baselines import KINDS
+from tests.scoring.test_estimate_preserve import assert_unchanged, made, state
 from tests.support.optim import full_mask, make_model, train
 from tests.support.oracle import fisher_oracle, one_sample, squared_error
 from tests.support.problems import PROBLEMS, bert, class_loss, classes
 from tests.support.tolerances import assert_matches, assert_scores_match
-from tests.training.test_estimate_preserve import assert_unchanged, made, state
 
 GRADIENTS = ["gradient", "weight_gradient", "gradient_over_weight", "squared_batch_gradient"]
 

@@ -9,10 +9,10 @@ from torch import nn
 import fishkern
 from fishkern import select_ird
 from fishkern.scoring.passes import Scoring
+from tests.scoring.test_estimate_packing import packed, sequences
+from tests.scoring.test_sample_scores import Images
 from tests.support.oracle import sample_oracle, squared_error
 from tests.support.problems import PROBLEMS, llama, lora, next_token_loss
-from tests.training.test_estimate_packing import packed, sequences
-from tests.training.test_sample_scores import Images
 
 V, H, O, T = 12, 6, 3, 5  # ids, features, outputs, tokens  # noqa: E741
 SAMPLES = 24
