@@ -22,6 +22,7 @@ EXPECTED = {
     ("scoring", "torch.func vmap"): {"time_ms", "samples_per_s"},
     ("optimizer_step", "fishkern"): {"speedup:AdamW(fused)", "floor_share", "bytes_per_entry"},
     ("optimizer_step", "AdamW(foreach)"): {"time_ms_p20", "time_ms_p80", "persistent_bytes"},
+    ("ird", "fishkern"): {"ratio:scoring pass"},
     ("topk", "fishkern"): {"ratio:torch.topk", "rounds"},
 }
 
