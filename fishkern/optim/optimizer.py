@@ -164,7 +164,8 @@ class FishSparseAdamW(torch.optim.Optimizer):
         self._plans: dict[int, Plan] = {}
         groups = _as_groups(params)
         # A leaf and its dense parameter may stand in different groups: look at all of them first.
-        self._owners: set[str] = set() if mask is None else group_owners(groups)
+        named = mask is not None and not isinstance(groups, Tensor)
+        self._owners: set[str] = group_owners(groups) if named else set()
         super().__init__(groups, defaults)
         self.register_state_dict_post_hook(_add_masks, prepend=True)
 

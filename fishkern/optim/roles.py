@@ -59,7 +59,7 @@ def index_of(name: str, mask: SparseMask | None, unlisted: str) -> Tensor | None
 def name_all(
     params: list[Any], names: Sequence[str] | None, mask: SparseMask | None
 ) -> Named | None:
-    """Pairs (canonical name, parameter); None for bare parameters where no mask needs names.
+    """Pairs (canonical name, parameter); None where no mask needs names and not all have one.
 
     Args:
         params: Tensors or (name, tensor) pairs.
@@ -75,6 +75,8 @@ def name_all(
     entries: list[Any] = list(params) if names is None else list(zip(names, params, strict=True))
     paired = sum(isinstance(entry, tuple) for entry in entries)
     if paired not in (0, len(entries)):
+        if mask is None:
+            return None  # torch refuses them
         raise ValueError(f"{paired} of {len(entries)} parameters have names: name all or none")
     if not paired:
         if mask is None:
