@@ -7,6 +7,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from fishkern.optim import FishSparseAdamW
 from fishkern.selection.masks import SparseMask
 from tests.support.optim import (
+    Oracle,
     bits,
     copies,
     kernel,  # noqa: F401
@@ -18,23 +19,6 @@ from tests.support.optim import (
 from tests.support.tolerances import assert_matches
 
 pytestmark = pytest.mark.usefixtures("kernel")
-
-
-class Oracle:
-    """torch's AdamW in float64 on masked gradients, its decay restricted to the mask."""
-
-    def __init__(self, model, mask, lr=1e-3, weight_decay=1e-2, **options):
-        self.params = {n: p.detach().double().clone() for n, p in model.named_parameters()}
-        self.masks = {name: mask.dense(name) for name in mask}
-        self.lr, self.decay = lr, weight_decay
-        self.adamw = torch.optim.AdamW(self.params.values(), lr=lr, weight_decay=0.0, **options)
-
-    def step(self, model):
-        for name, param in model.named_parameters():
-            chosen, own = self.masks[name], self.params[name]
-            own.grad = torch.where(chosen, param.grad.double(), 0.0)
-            own[chosen] *= 1 - self.lr * self.decay
-        self.adamw.step()
 
 
 @pytest.mark.parametrize(

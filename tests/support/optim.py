@@ -56,6 +56,23 @@ def train(model, optimizer, steps, start=0):
         optimizer.step()
 
 
+class Oracle:
+    """torch's AdamW in float64 on masked gradients, its decay restricted to the mask."""
+
+    def __init__(self, model, mask, lr=1e-3, weight_decay=1e-2, **options):
+        self.params = {n: p.detach().double().clone() for n, p in model.named_parameters()}
+        self.masks = {name: mask.dense(name) for name in mask}
+        self.decay = weight_decay
+        self.adamw = torch.optim.AdamW(self.params.values(), lr=lr, weight_decay=0.0, **options)
+
+    def step(self, model):
+        for name, param in model.named_parameters():
+            chosen, own = self.masks[name], self.params[name]
+            own.grad = torch.where(chosen, param.grad.double(), 0.0)
+            own[chosen] *= 1 - float(self.adamw.param_groups[0]["lr"]) * self.decay
+        self.adamw.step()
+
+
 def copies(model):
     return {name: param.detach().clone() for name, param in model.named_parameters()}
 
