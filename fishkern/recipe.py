@@ -5,7 +5,7 @@ from __future__ import annotations
 import numbers
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from fishkern.scoring.preserve import (
     restored_attributes,
     restored_buffers,
 )
+from fishkern.selection.masks import SparseMask
 from fishkern.selection.ranking import SCOPES
 from fishkern.selection.select import select as select_entries
 from fishkern.training.train_only import attached
@@ -108,40 +109,79 @@ def create_fish_optimizer(
         >>> optimizer.mask.num_selected
         4
     """
-    _check(model, density, num_samples, warmup_steps, scope)
     # The optimizer's own arguments are refused by itself, and before the work.
     FishSparseAdamW([torch.zeros(1)], lr=lr, mask=None, **adamw_kwargs)
-    candidates = {n: p for n, p in named_parameters(model).items() if p.requires_grad}
-    kept = match(candidates, keep, "keep") if keep else []
-    fresh = any(p.dim() > 1 and not bool(p.any()) for p in candidates.values())
-    if warmup_steps is None:
-        warmup_steps = WARMUP_STEPS if fresh or kept else 0
-    supply = _Supply(batches)
-    after = _Values()
-    with ExitStack() as stack:
-        if warmup_steps:
-            warmed = candidates if fresh or not kept else {n: candidates[n] for n in kept}
-            stack.enter_context(_rewound(model, warmed.values()))
-            _warm_up(model, supply, warmed, warmup_steps, loss_fn, progress)
-            if not rewind:
-                after = _Values([*warmed.values(), *model.buffers()])
-        fisher = estimate_fisher(
-            model, supply, loss_fn=loss_fn, num_samples=num_samples, progress=progress
-        )
-    mask = select_entries(fisher, density=density, scope=scope, keep=keep)
+    choice = choose_mask(
+        model,
+        batches,
+        density=density,
+        num_samples=num_samples,
+        warmup_steps=warmup_steps,
+        rewind=rewind,
+        scope=scope,
+        keep=keep,
+        loss_fn=loss_fn,
+        progress=progress,
+    )
     handle = None
-    before = after.put()
+    before = choice.warmed.put()
     try:
-        handle = attach(model, mask) if train_only else None
-        optimizer = _FishOptimizer(model.named_parameters(), lr=lr, mask=mask, **adamw_kwargs)
+        handle = attach(model, choice.mask) if train_only else None
+        optimizer = _FishOptimizer(
+            model.named_parameters(), lr=lr, mask=choice.mask, **adamw_kwargs
+        )
     except BaseException:
         if handle is not None:
             handle.remove()
         before.put()
         raise
     optimizer._mask_is_computed = True
-    optimizer.fisher = fisher
+    optimizer.fisher = choice.fisher
     return optimizer
+
+
+class Choice(NamedTuple):
+    """What ``choose_mask`` found; the model itself is as it was."""
+
+    mask: SparseMask
+    fisher: FisherDiagonal
+    warmed: Values  # with ``rewind=False`` the warmed values, to be put; else none
+
+
+def choose_mask(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    density: float,
+    num_samples: int | None = 128,
+    warmup_steps: int | None = None,
+    rewind: bool = True,
+    scope: str = "global",
+    keep: str | Iterable[str] = (),
+    loss_fn: LossFn | None = None,
+    progress: bool = True,
+) -> Choice:
+    """Warm up, score, rewind and select: arguments and errors of ``create_fish_optimizer``."""
+    _check(model, density, num_samples, warmup_steps, scope)
+    candidates = {n: p for n, p in named_parameters(model).items() if p.requires_grad}
+    kept = match(candidates, keep, "keep") if keep else []
+    fresh = any(p.dim() > 1 and not bool(p.any()) for p in candidates.values())
+    if warmup_steps is None:
+        warmup_steps = WARMUP_STEPS if fresh or kept else 0
+    supply = _Supply(batches)
+    after = Values()
+    with ExitStack() as stack:
+        if warmup_steps:
+            warmed = candidates if fresh or not kept else {n: candidates[n] for n in kept}
+            stack.enter_context(_rewound(model, warmed.values()))
+            _warm_up(model, supply, warmed, warmup_steps, loss_fn, progress)
+            if not rewind:
+                after = Values([*warmed.values(), *model.buffers()])
+        fisher = estimate_fisher(
+            model, supply, loss_fn=loss_fn, num_samples=num_samples, progress=progress
+        )
+    mask = select_entries(fisher, density=density, scope=scope, keep=keep)
+    return Choice(mask, fisher, after)
 
 
 def _check(
@@ -201,15 +241,15 @@ class _Supply:
                 raise ValueError("batches held no samples: pass at least one batch")
 
 
-class _Values:
+class Values:
     """Copies of tensors' values, to be put back."""
 
     def __init__(self, tensors: Iterable[Tensor] = ()) -> None:
         self._copies = [(tensor, tensor.detach().clone()) for tensor in tensors]
 
-    def put(self) -> _Values:
+    def put(self) -> Values:
         """Write them into the tensors; returns the values that were there."""
-        before = _Values([tensor for tensor, _ in self._copies])
+        before = Values([tensor for tensor, _ in self._copies])
         with torch.no_grad():
             for tensor, value in self._copies:
                 tensor.copy_(value)
@@ -220,7 +260,7 @@ class _Values:
 def _rewound(model: nn.Module, params: Iterable[nn.Parameter]) -> Iterator[None]:
     """At the end all is as before: ``params``, every gradient, buffers, modes, random states."""
     params = list(params)
-    values = _Values(params)
+    values = Values(params)
     grads = [(param, param.grad) for param in model.parameters()]
     with ExitStack() as stack:
         stack.enter_context(random_state())
