@@ -1,23 +1,17 @@
-"""The selected values of a module's weights as its trainable leaves, and the alias between them.
+"""The selected values of a module's weights as its trainable leaves: two copies of each value.
 
-A weight with selected entries is frozen; its selected values live in one 1-D float32 leaf. Whoever
-reads ``module.weight`` in grad mode gets an alias: the weight itself, without a copy, whose
-gradient goes to the leaf, at the selected entries alone. Functional uses, ties and layers that
-nobody has heard of therefore train exactly what they should.
+A weight with selected entries is frozen; its selected values live in one 1-D float32 leaf.
 """
 
 from __future__ import annotations
 
-import functools
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
-
-from fishkern.interception import Site, original_class, registered, run_intercepted, subclass
 
 CHILD = "fishkern_leaves"  # the name of the child module that holds an owner's leaves
 INDICES = "_indices"
@@ -58,25 +52,6 @@ def home_of(leaf: Tensor) -> Home | None:
         )
     owner = leaves()
     return None if owner is None else owner.home(name)
-
-
-class Alias(torch.autograd.Function):
-    """Forward: the weight, detached. Backward: its gradient's selected entries, for the leaf."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, leaf: Tensor, indices: Tensor) -> Tensor:
-        """The weight itself, without a copy."""
-        ctx.save_for_backward(indices)
-        ctx.dtype = leaf.dtype
-        ctx.set_materialize_grads(False)
-        return weight.detach()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[None, Tensor | None, None]:
-        """``grad.flatten()[indices]`` for the leaf, nothing for the weight."""
-        (indices,) = ctx.saved_tensors
-        return None, None if grad is None else gather(grad, indices, ctx.dtype), None
 
 
 class Leaves(nn.Module):
@@ -215,85 +190,3 @@ def scatter(tensor: Tensor, indices: Tensor, values: Tensor) -> None:
         tensor.data.view(-1)[indices] = values
     else:
         tensor.data.put_(indices.long(), values)
-
-
-@functools.cache
-def owner_members(
-    names: tuple[str, ...], by_rule: bool
-) -> Callable[[type[nn.Module]], dict[str, Any]]:
-    """The members of an owner's class: its weights ``names`` read as aliases.
-
-    ``by_rule``: it has a rule that covers them, so that its forward needs no alias.
-    """
-
-    def members(cls: type[nn.Module]) -> dict[str, Any]:
-        def set_attribute(self: nn.Module, name: str, value: Any) -> None:
-            # transformers ties weights by assigning one module's weight to another's.
-            cls.__setattr__(self, name, getattr(value, "_fishkern_weight", value))
-
-        def reduce(self: nn.Module, protocol: int) -> Any:
-            return _rebuild, (cls, names, by_rule), self.__dict__
-
-        members: dict[str, Any] = {name: property(functools.partial(_read, name)) for name in names}
-        members |= {"__setattr__": set_attribute, "__reduce_ex__": reduce}
-        if by_rule:
-            members["forward"] = _forward
-        return members
-
-    return members
-
-
-def _read(name: str, owner: nn.Module) -> Tensor:
-    weight = owner._parameters[name]
-    assert weight is not None
-    if not torch.is_grad_enabled():
-        return weight
-    leaves: Any = owner._modules[CHILD]
-    leaf, indices = leaves._parameters[name], leaves._buffers[name + INDICES]
-    alias: Tensor = Alias.apply(weight, leaf, indices)  # type: ignore[no-untyped-call]
-    if not torch.compiler.is_compiling():
-        alias._is_param = True  # isinstance(alias, nn.Parameter) holds
-        alias._fishkern_weight = weight  # type: ignore[attr-defined]
-    return alias
-
-
-def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """The forward of a module with a rule: its input and grad_out make the selected gradient."""
-    cls = original_class(self)
-    rule = registered(cls)
-    if rule is None or len(args) != 1 or kwargs or not torch.is_grad_enabled():
-        return cls.forward(self, *args, **kwargs)
-    leaves: Any = self._modules[CHILD]
-    params = {name: p for name in rule.params if (p := self._parameters.get(name)) is not None}
-    # A weight that is trained whole beside the leaves (unlisted="train") gets its dense gradient.
-    anchors = {
-        name: leaves._parameters.get(name, param)
-        for name, param in params.items()
-        if name in leaves._parameters or param.requires_grad
-    }
-    selected = {
-        name: (leaves._buffers.get(name + INDICES), anchor.dtype)
-        for name, anchor in anchors.items()
-    }
-    site = Site(self, rule, {}, functools.partial(_selected_gradients, selected))
-    return run_intercepted(site, args[0], list(anchors.values()))
-
-
-def _selected_gradients(
-    selected: Mapping[str, tuple[Tensor | None, torch.dtype]],
-    site: Site,
-    x: Tensor,
-    grad_out: Tensor,
-) -> list[Tensor]:
-    """Each leaf's gradient: the dense one is formed, gathered from, and freed."""
-    grads = []
-    for name, (indices, dtype) in selected.items():
-        grad = site.rule.param_grad(site.module, name, x, grad_out)
-        grads.append(grad.to(dtype) if indices is None else gather(grad, indices, dtype))
-    return grads
-
-
-def _rebuild(cls: Any, names: tuple[str, ...], by_rule: bool) -> nn.Module:
-    """An owner without its content, for pickle and deepcopy."""
-    attached = subclass(cls, owner_members(names, by_rule))
-    return attached.__new__(attached)

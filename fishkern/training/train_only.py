@@ -15,7 +15,8 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from fishkern.interception import exchange_class, original_class, rule_for
 from fishkern.names import named_parameters, suggest
 from fishkern.selection.masks import SparseMask
-from fishkern.training.leaves import CHILD, Leaves, gather, owner_members, wide_dtype
+from fishkern.training.alias import is_traced, owner_members
+from fishkern.training.leaves import CHILD, Leaves, gather, wide_dtype
 
 __all__ = ["Handle", "attached", "train_only"]
 
@@ -266,8 +267,8 @@ class Handle:
 
 def _before_forward(model: nn.Module, args: Any) -> None:
     """Bring both copies of each value together before they are used."""
-    if torch.compiler.is_compiling():
-        return  # a compiled graph holds no such checks; each optimizer step brings them together
+    if is_traced():
+        return  # a traced graph holds no such checks; each optimizer step brings them together
     handle: Handle | None = model.__dict__.get(_ATTACHMENT)
     if handle is None:
         return

@@ -1,0 +1,121 @@
+"""Each value exists in its leaf and in its weight: whoever writes one, both hold it."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import fishkern
+from fishkern import FishSparseAdamW, SparseMask, attached, train_only
+from tests.support.training import (
+    distance,
+    random_mask,
+    weights,
+)
+
+
+def test_strict_loading_reaches_the_leaves(case):
+    problem, model = case
+    mask, start = random_mask(model), weights(model)
+    handle = train_only(model, mask)
+    optimizer = torch.optim.SGD(handle.parameters(), lr=0.1)
+    problem.loss(model, problem.batch()).backward()
+    optimizer.step()
+    trained = weights(model)
+    assert distance(trained, start) > 0
+    model.load_state_dict(start, strict=True)
+    for name, leaf in handle.named_parameters():
+        owner = name.replace("fishkern_leaves.", "")
+        assert torch.equal(leaf, start[owner].flatten()[mask[owner].long()])
+    assert distance(weights(model), start) == 0
+    model.load_state_dict(trained, strict=True, assign=True)
+    assert distance(weights(model), trained) == 0
+    problem.loss(model, problem.batch()).backward()  # the assigned weights are frozen, too
+    dense = set(model.parameters()) - set(handle.parameters())
+    assert not any(p.requires_grad for p in dense)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_are_attached_and_independent(case, duplicate):
+    problem, model = case
+    mask = random_mask(model)
+    train_only(model, mask)
+    twin = duplicate(model)
+    assert attached(twin) is not None
+    assert attached(twin) is not attached(model)
+    before = weights(model)
+    optimizer = torch.optim.SGD(attached(twin).parameters(), lr=0.1)
+    problem.loss(twin, problem.batch()).backward()
+    assert all(leaf.grad is None for leaf in attached(model).parameters())
+    optimizer.step()
+    assert distance(weights(model), before) == 0
+    assert distance(weights(twin), before) > 0
+
+
+@pytest.mark.parametrize("write", ["in_place", "data", "parameter"])
+@pytest.mark.parametrize("then", ["forward", "state_dict", "remove", "score", "to"])
+def test_a_weight_that_others_write_keeps_what_they_wrote(write, then):
+    model = nn.Linear(4, 4)
+    mask = SparseMask({"weight": torch.tensor([2, 9])}, {"weight": (4, 4)})
+    handle = train_only(model, mask, unlisted="freeze")
+    weight = model._parameters["weight"]
+    if write == "in_place":
+        with torch.no_grad():
+            weight.fill_(7.0)
+    elif write == "data":  # as PEFT merges adapters: no version counter moves
+        weight.data.fill_(7.0)
+    else:
+        model.weight = nn.Parameter(torch.full((4, 4), 7.0))
+    if then == "forward":
+        model(torch.randn(1, 4))
+    elif then == "state_dict":
+        model.state_dict()
+    elif then == "remove":
+        handle.remove()
+    elif then == "to":
+        model.to(torch.float64)
+    else:
+        batch = (torch.randn(3, 4), torch.randn(3, 4))
+        fishkern.estimate_fisher(
+            model, [batch], loss_fn=lambda m, b: (m(b[0]) - b[1]).square().sum(1), progress=False
+        )
+    assert model._parameters["weight"].tolist() == [[7.0] * 4] * 4
+
+
+def test_leaves_written_by_hand_count_in_training_mode():
+    model = nn.Linear(4, 4)
+    mask = SparseMask({"weight": torch.tensor([2, 9])}, {"weight": (4, 4)})
+    (leaf,) = train_only(model, mask, unlisted="freeze").parameters()
+    with torch.no_grad():
+        leaf.fill_(3.0)
+    model(torch.randn(1, 4))
+    assert model._parameters["weight"].flatten()[[2, 9]].tolist() == [3.0, 3.0]
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, FishSparseAdamW])
+def test_a_step_keeps_what_was_written_to_other_leaves(make):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    shapes = {"0.weight": (4, 4), "1.weight": (4, 4)}
+    mask = SparseMask(dict.fromkeys(shapes, torch.tensor([2, 9])), shapes)
+    first, second = train_only(model, mask, unlisted="freeze").parameters()
+    optimizer = make([first], lr=0.1)  # it knows nothing of the second leaf
+    model(torch.randn(3, 4)).sum().backward()
+    with torch.no_grad():
+        second.fill_(3.0)
+    optimizer.step()
+    model(torch.randn(1, 4))
+    assert second.tolist() == [3.0, 3.0]
+    assert model[1]._parameters["weight"].flatten()[[2, 9]].tolist() == [3.0, 3.0]
+    assert torch.equal(model[0]._parameters["weight"].flatten()[[2, 9]], first.detach())
+
+
+def test_exchanged_leaves_count_in_eval_mode():
+    model = nn.Linear(4, 4).eval()
+    mask = SparseMask({"weight": torch.tensor([2, 9])}, {"weight": (4, 4)})
+    handle = train_only(model, mask, unlisted="freeze")
+    (leaf,) = handle.parameters()
+    leaf.data.fill_(3.0)  # as a moving average would
+    model(torch.randn(1, 4))
+    assert model.weight.flatten()[[2, 9]].tolist() == [3.0, 3.0]
