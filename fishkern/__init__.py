@@ -2,6 +2,7 @@
 
 from fishkern import functional
 from fishkern._dispatch import use_backend
+from fishkern.delta import apply_delta, revert_delta, save_delta
 from fishkern.interception import Rule, register_rule
 from fishkern.ird import select_ird
 from fishkern.optim import FishSparseAdamW
@@ -19,12 +20,15 @@ __all__ = [
     "FisherVerificationError",
     "Rule",
     "SparseMask",
+    "apply_delta",
     "attached",
     "baseline_scores",
     "create_fish_optimizer",
     "estimate_fisher",
     "functional",
     "register_rule",
+    "revert_delta",
+    "save_delta",
     "select",
     "select_ird",
     "train_only",

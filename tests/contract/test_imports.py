@@ -18,7 +18,9 @@ PACKAGE = ROOT / "fishkern"
 # own layer as long as there is no cycle. A new one gets its place here.
 LAYERS = [
     {"__init__", "__main__"},
-    {"recipe", "ird"},
+    {"integrations"},
+    {"recipe", "ird", "delta"},
+    {"differences"},
     {"scoring", "optim"},
     {"training"},
     {"batches", "selection"},

@@ -1,0 +1,1 @@
+"""Adapters to other frameworks, a file each, imported only when asked for."""
