@@ -28,6 +28,10 @@ from fishkern.training.leaves import wide_dtype
 Groups = list[dict[str, Any]]
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
+#: What a live group has for its checkpoint's mask. torch.distributed.checkpoint takes out of a
+#: flattened checkpoint only what the live groups have a key for.
+MASK_ELSEWHERE = "see optimizer.mask"
+
 
 def pack_mask(mask: SparseMask, names: Iterable[str]) -> dict[str, Any]:
     """The part of the mask that concerns a group, as plain data for a checkpoint.
@@ -46,7 +50,7 @@ def pack_mask(mask: SparseMask, names: Iterable[str]) -> dict[str, Any]:
 
 def unpack_masks(groups: Groups) -> SparseMask | None:
     """The mask that a checkpoint's groups hold together; None where they hold none."""
-    parts = [group["mask"] for group in groups if "mask" in group]
+    parts = [group["mask"] for group in groups if isinstance(group.get("mask"), dict)]
     if not parts:
         return None
     indices = {name: index for part in parts for name, index in part["indices"].items()}
@@ -168,13 +172,12 @@ def unpack_state(
 
 
 def unpack_groups(saved: Groups, own: Groups) -> Groups:
-    """The checkpoint's options with the optimizer's parameters; the mask is not kept in them."""
+    """The checkpoint's options with the optimizer's parameters; its mask is not kept in them."""
     groups = []
     for theirs, ours in zip(saved, own, strict=True):
         group = deepcopy({k: v for k, v in theirs.items() if k not in ("params", "mask")})
         group["params"] = ours["params"]
-        if "param_names" in ours:
-            group["param_names"] = ours["param_names"]
+        group |= {key: ours[key] for key in ("param_names", "mask") if key in ours}
         groups.append(group)
     return groups
 

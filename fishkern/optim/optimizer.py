@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from fishkern.optim.checkpoint import (
+    MASK_ELSEWHERE,
     agree,
     check_groups,
     check_mask,
@@ -184,6 +185,9 @@ class FishSparseAdamW(torch.optim.Optimizer):
         if isinstance(group, dict) and not isinstance(group["params"], set):
             (group,) = _as_groups([group])
             self._admit(group)
+            group.pop("mask", None)  # of a group that was another optimizer's
+            if self._mask is not None:
+                group["mask"] = MASK_ELSEWHERE
         super().add_param_group(group)
         self._plans.clear()
 
@@ -342,7 +346,7 @@ class FishSparseAdamW(torch.optim.Optimizer):
 
 
 def _add_masks(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-    """Let the mask travel in a checkpoint's groups, of which the live ones know nothing."""
+    """Let the mask travel in a checkpoint's groups; the live ones only say that there is one."""
     assert isinstance(optimizer, FishSparseAdamW)
     if optimizer.mask is not None:
         for group in state_dict["param_groups"]:

@@ -81,7 +81,7 @@ def test_layout_is_torchs_with_the_mask_in_the_groups():
         for name, index in group["mask"]["indices"].items():
             assert torch.equal(index, mask[name])
             assert group["mask"]["shapes"][name] == list(mask.shapes[name])
-    assert "mask" not in optimizer.param_groups[0]
+    assert optimizer.param_groups[0]["mask"] == "see optimizer.mask"
     assert "tensor" not in repr(optimizer)
 
 
