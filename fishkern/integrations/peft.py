@@ -1,0 +1,259 @@
+"""PEFT: trained base weights as an adapter that stock PEFT loads, and Fisher masks for its SHiRA.
+
+SHiRA and Super-Tuning add sparse values to the weights of linear layers, and have as many in each
+layer as their configuration says: SHiRA ``r * (in + out)``, Super-Tuning a share of its weights. A
+layer that changed in fewer places is filled up with zeros.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import peft
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fishkern.differences import Base, differing, matched
+from fishkern.functional import topk_indices
+from fishkern.interception import original_class
+from fishkern.names import by_canonical_name, canonical_name, match, named_parameters, some
+
+__all__ = ["export_adapter", "fisher_mask_fn"]
+
+_PREFIX = "base_model.model."  # of every name in an adapter's file
+
+
+class Change(NamedTuple):
+    """What changed in the weight of a linear layer."""
+
+    shape: torch.Size
+    places: Tensor  # [n] flat positions, ascending
+    values: Tensor  # [n] float32, after minus before
+
+
+@torch.no_grad()
+def export_adapter(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    base: Base,
+    method: str = "shira",
+    modules_to_save: str | Iterable[str] = (),
+) -> None:
+    """Write what training changed as an adapter for stock PEFT's ``from_pretrained(base, folder)``.
+
+    PEFT adds the stored differences to the base's weights, so that the outputs are the trained
+    model's up to the rounding of that addition; ``fishkern.save_delta`` is exact and smaller. Only
+    the weights of ``nn.Linear`` layers fit into such an adapter. Modules named in
+    ``modules_to_save`` travel whole; a change anywhere else is refused, never dropped.
+
+    An entry takes 12 bytes with SHiRA and 8 with Super-Tuning, and all layers have as many, in
+    proportion, as the one that changed most. On bfloat16 weights Super-Tuning rounds the
+    differences to bfloat16 before it adds them, SHiRA only the sums.
+
+    Args:
+        model: The trained model, not a PEFT model; plain or with ``train_only`` attached.
+        folder: Where ``adapter_config.json`` and ``adapter_model.safetensors`` go.
+        base: What training started from, as for ``fishkern.save_delta``.
+        method: "shira", or "supertuning" where the installed PEFT has it.
+        modules_to_save: Names, or globs, of modules that travel whole: a head, norms, embeddings,
+            linear layers of which the bias changed.
+
+    Raises:
+        ValueError: Something changed that the adapter cannot hold (the message names it); nothing
+            changed in a linear layer; the method is not known; the base does not fit.
+        TypeError: The model is a PEFT model, whose adapter ``save_pretrained`` writes.
+
+    Example:
+        >>> import copy, tempfile, peft, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh())
+        >>> base = copy.deepcopy(model)
+        >>> _ = model[0].weight.data[2, 5].add_(0.5)  # the training
+        >>> folder = tempfile.mkdtemp()
+        >>> export_adapter(model, folder, base=base)
+        >>> x = torch.randn(3, 8)
+        >>> torch.allclose(peft.PeftModel.from_pretrained(base, folder)(x), model(x))
+        True
+    """
+    _check_model(model)
+    if method not in _METHODS:
+        raise ValueError(f"method is {method!r}: choose one of {', '.join(map(repr, _METHODS))}")
+    make_config, parts = _METHODS[method]
+    owners = _owners(model)
+    saved = _modules_named(model, modules_to_save)
+    changes: dict[str, Change] = {}
+    tensors: dict[str, Tensor] = {}
+    misfits = []
+    for name, (before, after) in matched(model, base).items():
+        index = differing(before, after)
+        kinds = owners.get(name, [])
+        inside = name.startswith(tuple(module + "." for module in saved))
+        if inside and not (len(index) and len(kinds) > 1):
+            tensors[_PREFIX + name] = after
+        elif len(index) and not inside and kinds == [nn.Linear] and after.dim() == 2:
+            new, old = after.flatten()[index], before.to(after.device).flatten()[index]
+            values = (new.double() - old.double()).float()
+            changes[name.removesuffix(".weight")] = Change(after.shape, index, values)
+        elif len(index):
+            misfits.append(name)
+    if misfits:
+        raise ValueError(
+            f"{some(misfits)} changed, for which {method} has no place (only for weights of "
+            f"nn.Linear that are not tied): name their modules in modules_to_save, or, for tied "
+            f"weights, use fishkern.save_delta and apply_delta"
+        )
+    if not changes:
+        raise ValueError(
+            "no weight of a linear layer differs from the base: pass the base as it was before "
+            "training, or use fishkern.save_delta and apply_delta"
+        )
+    config = make_config(changes)
+    for name, change in changes.items():
+        for part, tensor in parts(config, change).items():
+            tensors[f"{_PREFIX}{name}.{part}"] = tensor
+    config.target_modules = "|".join(map(re.escape, changes))  # whole names, not ends of names
+    config.modules_to_save = saved or None
+    config.base_model_name_or_path = getattr(getattr(model, "config", None), "name_or_path", None)
+    folder = Path(folder)
+    config.save_pretrained(folder)
+    owned = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(owned, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def fisher_mask_fn(model: nn.Module, scores: Mapping[str, Tensor]) -> Callable[..., Tensor]:
+    """A ``mask_fn`` with which stock SHiRA trains the entries of largest Fisher information.
+
+    Args:
+        model: The model that ``peft.get_peft_model`` is called with next.
+        scores: For each weight that SHiRA is to train its scores, as ``estimate_fisher`` makes
+            them: float32, of the weight's shape.
+
+    Returns:
+        ``mask_fn(base_layer, r, **kwargs)``: a mask [out, in] with ``r * (in + out)`` ones, of the
+        weight's dtype and device. It raises a ValueError for a layer that is not the model's, has
+        no scores, or has fewer weights than that.
+
+    Example:
+        >>> import peft, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+        >>> scores = {"0.weight": torch.rand(8, 8)}
+        >>> config = peft.ShiraConfig(r=2, target_modules=["0"])
+        >>> config.mask_fn = fisher_mask_fn(model, scores)
+        >>> adapted = peft.get_peft_model(model, config)
+        >>> adapted.base_model.model[0].shira_indices["default"].shape
+        torch.Size([2, 32])
+    """
+    names = {param: name for name, param in named_parameters(model).items()}  # by identity
+    scores = by_canonical_name(scores.items(), "scores")
+
+    def mask_fn(base_layer: nn.Module, r: int, **kwargs: Any) -> Tensor:
+        weight: Any = base_layer.weight
+        name = names.get(weight)
+        if name is None:
+            raise ValueError(
+                "SHiRA asks for the mask of a layer that is not of the model given to "
+                "fisher_mask_fn: make the mask_fn with the model that get_peft_model adapts"
+            )
+        if name not in scores or scores[name].shape != weight.shape:
+            found = list(scores[name].shape) if name in scores else "none"
+            raise ValueError(
+                f"{name!r} has shape {list(weight.shape)}, its scores {found}: score it, or leave "
+                f"its layer out of target_modules"
+            )
+        count = r * sum(weight.shape)
+        if count > weight.numel():
+            raise ValueError(
+                f"r is {r}, for which {name!r} would train {count} of {weight.numel()} weights: "
+                f"choose a smaller r"
+            )
+        (index,) = topk_indices([scores[name]], count)
+        mask = torch.zeros(weight.numel(), dtype=weight.dtype, device=weight.device)
+        mask[index.to(weight.device)] = 1
+        return mask.view(weight.shape)
+
+    return mask_fn
+
+
+def _shira_config(changes: Mapping[str, Change]) -> Any:
+    """A configuration with room for every change: one r for all layers."""
+    r = max(math.ceil(len(change.places) / sum(change.shape)) for change in changes.values())
+    small = [n for n, change in changes.items() if r * sum(change.shape) > change.shape.numel()]
+    if small:
+        raise ValueError(
+            f"SHiRA takes one r for all layers, here {r}, for which {some(small)} "
+            f"{'are' if len(small) > 1 else 'is'} too small: name small layers in modules_to_save, "
+            f'or choose method="supertuning"'
+        )
+    # Not "random", so that loading draws no masks: those in the file take their place anyway.
+    return peft.ShiraConfig(r=r, mask_type="fishkern", inference_mode=True)
+
+
+def _shira_parts(config: Any, change: Change) -> dict[str, Tensor]:
+    index, values = _filled(change, config.r * sum(change.shape))
+    rows, columns = index // change.shape[1], index % change.shape[1]
+    return {"shira_weight": values, "shira_indices": torch.stack([rows, columns]).int()}
+
+
+def _supertuning_config(changes: Mapping[str, Change]) -> Any:
+    """A configuration with room for every change: one share for all layers."""
+    if not hasattr(peft, "SupertuningConfig"):
+        raise ValueError(
+            f'peft {peft.__version__} has no Super-Tuning: choose method="shira", or a newer peft'
+        )
+    # Half an entry more: PEFT rounds the product down.
+    share = max((len(change.places) + 0.5) / change.shape.numel() for change in changes.values())
+    return peft.SupertuningConfig(sparsity=max(1 - share, 0.0), inference_mode=True)
+
+
+def _supertuning_parts(config: Any, change: Change) -> dict[str, Tensor]:
+    index, values = _filled(change, int(change.shape.numel() * (1 - config.sparsity)))
+    return {"supertuning_values": values, "supertuning_indices": index.int()}
+
+
+_METHODS: dict[str, tuple[Callable[..., Any], Callable[..., dict[str, Tensor]]]] = {
+    "shira": (_shira_config, _shira_parts),
+    "supertuning": (_supertuning_config, _supertuning_parts),
+}
+
+
+def _filled(change: Change, count: int) -> tuple[Tensor, Tensor]:
+    """Exactly ``count`` positions, ascending, and values: zeros at the first ones that are free."""
+    _, index, values = change
+    free = torch.ones(change.shape.numel(), dtype=torch.bool, device=index.device)
+    free[index] = False
+    more = free.nonzero().flatten()[: count - len(index)]
+    index, order = torch.cat([index, more]).sort()
+    return index, torch.cat([values, values.new_zeros(len(more))])[order]
+
+
+def _check_model(model: nn.Module) -> None:
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise TypeError(
+            "the model is a PEFT model: its save_pretrained writes its adapter, and "
+            "fishkern.save_delta what changed in all of it"
+        )
+
+
+def _owners(model: nn.Module) -> dict[str, list[type[nn.Module]]]:
+    """By the name of each parameter the classes of the modules that hold it: tied, several."""
+    names = {param: name for name, param in named_parameters(model).items()}
+    owners: dict[str, list[type[nn.Module]]] = {}
+    for module in model.modules():
+        for param in module._parameters.values():
+            if param is not None:
+                owners.setdefault(names[param], []).append(original_class(module))
+    return owners
+
+
+def _modules_named(model: nn.Module, patterns: str | Iterable[str]) -> list[str]:
+    """The modules that patterns match, without those inside of others of them."""
+    names = [canonical_name(name) for name, _ in model.named_modules() if name]
+    found = match(names, patterns, "modules_to_save")
+    return [n for n in found if not n.startswith(tuple(outer + "." for outer in found))]
