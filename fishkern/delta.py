@@ -22,6 +22,9 @@ from fishkern.training.train_only import attached
 
 __all__ = ["apply_delta", "revert_delta", "save_delta"]
 
+#: From this share of changed entries on a tensor is stored whole.
+WHOLE = 0.9
+
 #: What a file says of each tensor: shape, dtype, and its digest before and after.
 Listed = dict[str, dict[str, Any]]
 
@@ -39,7 +42,7 @@ def save_delta(
 
     Nothing that training changed is left out: weights, and persistent buffers (a BatchNorm's
     statistics). On disk a changed entry takes the bytes of its value and two for its place (four
-    where changes lie far apart): 6 in float32, 4 in bfloat16. A tensor of which more than a half
+    where changes lie far apart): 6 in float32, 4 in bfloat16. A tensor of which nine tenths
     changed, like a head that was trained whole, is stored *whole*, before and after:
     ``apply_delta`` puts it in the place of whatever the model has there, so that a head that each
     loading initialises anew travels too.
@@ -95,7 +98,7 @@ def save_delta(
         if not len(index) and name not in params and name not in forced:
             continue  # a buffer that training left alone
         entry: dict[str, Any] = {"shape": list(after.shape), "dtype": str(after.dtype)}
-        if name in forced or 2 * len(index) > after.numel():
+        if name in forced or 0 < WHOLE * after.numel() <= len(index):
             stored["before." + name], stored["after." + name] = before, after
             entry |= {"before": None, "after": digest(after, slice(None))}
         else:

@@ -55,8 +55,9 @@ def export_adapter(
     ``modules_to_save`` travel whole; a change anywhere else is refused, never dropped.
 
     An entry takes 12 bytes with SHiRA and 8 with Super-Tuning, and all layers have as many, in
-    proportion, as the one that changed most. On bfloat16 weights Super-Tuning rounds the
-    differences to bfloat16 before it adds them, SHiRA only the sums.
+    proportion, as the one that changed most: one that is far denser than the others is better
+    named in ``modules_to_save``. On bfloat16 weights Super-Tuning rounds the differences to
+    bfloat16 before it adds them, SHiRA only the sums.
 
     Args:
         model: The trained model, not a PEFT model; plain or with ``train_only`` attached.
