@@ -124,7 +124,6 @@ class FishSparseAdamW(torch.optim.Optimizer):
     """
 
     writes_weights_of_leaves = True  # in the kernel, so that train_only need not after each step
-    _step_supports_amp_scaling = True  # GradScaler sets grad_scale and found_inf around step()
 
     def __init__(
         self,
@@ -169,6 +168,16 @@ class FishSparseAdamW(torch.optim.Optimizer):
         self._owners: set[str] = group_owners(groups) if named else set()
         super().__init__(groups, defaults)
         self.register_state_dict_post_hook(_add_masks, prepend=True)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether GradScaler calls ``step()`` always, with grad_scale and found_inf set around it.
+
+        Not where Accelerate looks whether it calls: a step that was called but skipped would pass
+        for one that was made, and advance the schedule.
+        """
+        own = self.__dict__.get("step")  # in the place of the class's
+        return not str(getattr(own, "__module__", "")).startswith("accelerate.")
 
     @property
     def mask(self) -> SparseMask | None:

@@ -31,14 +31,16 @@ MODELS = {"lora": lora_model, "base": base_model, "bf16": bf16_model}
 
 def make_model(kind):
     """The same weights in each call, with dropout at work in training."""
-    torch.manual_seed(1)
-    return MODELS[kind]().train()
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return MODELS[kind]().train()
 
 
 def dataset(count=SAMPLES):
     """Samples as Trainer takes them: dicts of tensors without the batch's dimension."""
-    torch.manual_seed(2)
-    batch = classes(count)
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        batch = classes(count)
     return [{key: value[n] for key, value in batch.items()} for n in range(count)]
 
 
