@@ -9,7 +9,8 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_snippets_run():
+def test_snippets_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # some write files
     snippets = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert snippets
     for snippet in snippets:
