@@ -23,7 +23,8 @@ from fishkern.interception import Rule, Site, elementwise
 from fishkern.interception.embedding import EmbeddingRule
 from fishkern.interception.linear import LinearRule
 from fishkern.interception.rerun import CHUNK_BYTES, Call, RerunError
-from fishkern.scoring.layouts import Layouts, Shape
+from fishkern.scoring.choices import WatchChoices
+from fishkern.scoring.layouts import Layouts, Noted
 from fishkern.scoring.sample_scores import SampleScores
 from fishkern.scoring.tied import HeadRows, head_rows, scatter_rows_
 
@@ -85,6 +86,7 @@ class FisherAccumulator:
             for name in names:
                 hook = self.params[name].register_hook(partial(self._completed, name))
                 stack.enter_context(hook)
+            stack.enter_context(WatchChoices(self.layouts.note_choice))
             yield
 
     # In the forward pass
@@ -109,12 +111,12 @@ class FisherAccumulator:
         self.lookups.clear()
 
     @contextmanager
-    def aside(self) -> Iterator[dict[Site, list[Shape]]]:
-        """The inputs' shapes of a pass in between, which does not count and is not expanded."""
+    def aside(self) -> Iterator[Noted]:
+        """What is noted of a pass in between, which does not count and is not expanded."""
         broadcast, self.broadcast = self.broadcast, None
         try:
-            with self.layouts.aside() as calls:
-                yield calls
+            with self.layouts.aside() as noted:
+                yield noted
         finally:
             self.broadcast = broadcast
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import Tensor
 
 from fishkern.batches.packing import Packing
 from fishkern.interception import Site, elementwise
-
-Shape = tuple[int, ...]
+from fishkern.scoring.choices import Choice, KnownChoices, Shape
 
 #: Where a batch says how many tokens a sample has: see ``samples.token_counts``.
 Place = tuple[int, int]
@@ -32,16 +32,33 @@ class Layout(NamedTuple):
       where it did in the first batch (``[N, T, ...]`` says T): with padding left out, N * T
       tokens are all of them. Otherwise each sample is asked again.
 
-    N alone is a list, too, where the input is ``bare``, without an axis for tokens. It is doubted
+    N alone is a list, too. Where the input is ``bare``, without an axis for tokens, it is doubted
     in a later batch if samples had one token each in the first, or if the model gathers tokens
-    anywhere.
+    anywhere. And whatever its shape, it is doubted in a batch whose values chose other numbers of
+    rows from one sample than from another (``choices.py``) before the input was made, unless one of
+    the ``token_axes`` is as long as the batch says at one of the ``places``.
     """
 
     axis: int
     flattened: bool
     places: frozenset[Place] = frozenset()
     dims: int | None = None
-    bare: bool = False
+    token_axes: tuple[int, ...] = ()
+
+    @property
+    def bare(self) -> bool:
+        """Whether a sample has one row, without an axis for tokens."""
+        return not self.flattened and not self.token_axes
+
+
+@dataclass
+class Noted:
+    """What a forward pass did: its inputs' shapes, and its choices of rows."""
+
+    calls: dict[Site, list[Shape]] = field(default_factory=dict)
+    choices: list[Choice] = field(default_factory=list)
+    #: How many choices there were before a site's last input.
+    before: dict[Site, int] = field(default_factory=dict)
 
 
 class Layouts:
@@ -54,6 +71,7 @@ class Layouts:
         self.gathers = False  # whether the model was seen to gather tokens into lists
         self._known: dict[Site, list[Layout | None]] = {}
         self._constant: dict[Site, bool] = {}
+        self._choices = KnownChoices()
         self.begin(None)
 
     def begin(self, packing: Packing | None) -> None:
@@ -61,7 +79,7 @@ class Layouts:
         self.num_samples = 0
         self.packing = packing
         self._in_forward = self._recording = True
-        self._calls: dict[Site, list[Shape]] = {}
+        self._noted = Noted()
         self._by_shape: dict[tuple[Site, Shape], Layout | None] = {}
 
     def note(self, site: Site, shape: Shape) -> bool:
@@ -70,22 +88,28 @@ class Layouts:
         Those that checkpointing computes again are not noted, those of passes aside do not count.
         """
         if self._in_forward:
-            self._calls.setdefault(site, []).append(shape)
+            self._noted.calls.setdefault(site, []).append(shape)
+            self._noted.before[site] = len(self._noted.choices)
         return self._in_forward and self._recording
+
+    def note_choice(self, choice: Choice) -> None:
+        """Note where values decide how many rows there are."""
+        if self._in_forward:
+            self._noted.choices.append(choice)
 
     def forget_calls(self) -> None:
         """The forward pass starts again."""
-        self._calls.clear()
+        self._noted = Noted()
 
     @contextmanager
-    def aside(self) -> Iterator[dict[Site, list[Shape]]]:
-        """The inputs' shapes of a pass in between, which do not count."""
-        before = self._calls, self._in_forward, self._recording
-        self._calls, self._in_forward, self._recording = {}, True, False
+    def aside(self) -> Iterator[Noted]:
+        """What is noted of a pass in between, which does not count."""
+        before = self._noted, self._in_forward, self._recording
+        self._noted, self._in_forward, self._recording = Noted(), True, False
         try:
-            yield self._calls
+            yield self._noted
         finally:
-            self._calls, self._in_forward, self._recording = before
+            self._noted, self._in_forward, self._recording = before
 
     def of(self, site: Site, shape: Shape) -> Layout | None:
         """The layout of an input of this shape; None where it has no axis of samples."""
@@ -98,37 +122,41 @@ class Layouts:
     def end_forward(
         self,
         num_samples: int,
-        first: Mapping[Site, list[Shape]] | None,
-        alone: Callable[[int], Mapping[Site, list[Shape]]],
+        first: Noted | None,
+        alone: Callable[[int], Noted],
         token_counts: Mapping[Place, int],
     ) -> None:
         """Find every input's sample axis, by the shapes of one-sample passes or known layouts.
 
         Args:
             num_samples: N.
-            first: The inputs' shapes of the first sample alone; None: layouts are known.
+            first: What was noted of the first sample alone; None: layouts are known.
             alone: The same of any sample.
             token_counts: How many tokens a sample of this batch can have, by place.
         """
         self._in_forward, self.num_samples = False, num_samples
+        noted, ones = self._noted, None if first is None else first.calls
         if self.packing is not None and num_samples > 1:
-            self._find_packed(self.packing, first)
+            self._find_packed(self.packing, ones)
             return
-        if first is not None:
-            self._find_layouts(first, token_counts)
-            ragged = any(self._is_ragged(site, first.get(site, [])) for site in self._calls)
+        if first is not None and ones is not None:
+            self._choices.learn(first.choices, noted.choices, num_samples)
+            self._find_layouts(ones, token_counts)
+            ragged = any(self._is_ragged(site, ones.get(site, [])) for site in noted.calls)
         else:
-            ragged = any(site not in self._known or self._misfits(site) for site in self._calls)
+            ragged = any(site not in self._known or self._misfits(site) for site in noted.calls)
         self.gathers = self.gathers or (num_samples > 1 and ragged)
+        uneven = self._choices.first_uneven(noted.choices, num_samples)
         doubtful = {
             site
-            for site, shapes in self._calls.items()
+            for site, shapes in noted.calls.items()
             for layout, shape in zip(self._known.get(site, []), shapes, strict=False)
             if num_samples > 1
             and layout is not None
             and not (
                 _is_certain(layout, shape, num_samples, token_counts)
                 and not (layout.bare and self.gathers)
+                and not (noted.before[site] > uneven and _may_be_list(layout, shape, token_counts))
             )
         }
         self.gathers = self.gathers or any(
@@ -136,15 +164,15 @@ class Layouts:
             for site in doubtful
             for layout in self._known[site]
         )
-        if first is not None and any(self._casts_doubt(site, first) for site in self._calls):
-            doubtful = set(self._calls)  # lists of tokens may also hold one of each by chance
+        if ones is not None and any(self._casts_doubt(site, ones) for site in noted.calls):
+            doubtful = set(noted.calls)  # lists of tokens may also hold one of each by chance
         if doubtful:
-            shares = [alone(n) for n in range(num_samples)]
+            shares = [alone(n).calls for n in range(num_samples)]
             for site in doubtful:
                 self._known[site] = _confirmed(
-                    self._known[site], self._calls[site], [alone.get(site, []) for alone in shares]
+                    self._known[site], noted.calls[site], [calls.get(site, []) for calls in shares]
                 )
-        for site, shapes in self._calls.items():
+        for site, shapes in noted.calls.items():
             known = self._known.get(site, [])
             for call, shape in enumerate(shapes):
                 layout = known[call] if len(known) == len(shapes) else None
@@ -157,7 +185,7 @@ class Layouts:
 
     def _is_ragged(self, site: Site, ones: Sequence[Shape]) -> bool:
         """Whether the site's inputs grow with the number of samples, but not as N times one's."""
-        layouts, shapes = self._known[site], self._calls[site]
+        layouts, shapes = self._known[site], self._noted.calls[site]
         return not len(layouts) == len(ones) == len(shapes) or any(
             layout is None and one != shape
             for layout, one, shape in zip(layouts, ones, shapes, strict=True)
@@ -165,7 +193,7 @@ class Layouts:
 
     def _misfits(self, site: Site) -> bool:
         """Whether the site's inputs cannot have the layouts that they had."""
-        known, shapes = self._known[site], self._calls[site]
+        known, shapes = self._known[site], self._noted.calls[site]
         return None not in known and (
             len(known) != len(shapes)
             or any(
@@ -176,7 +204,7 @@ class Layouts:
 
     def _find_packed(self, packing: Packing, first: Mapping[Site, list[Shape]] | None) -> None:
         layout = Layout(0, flattened=False)
-        for site, shapes in self._calls.items():
+        for site, shapes in self._noted.calls.items():
             dims = site.rule.input_dims(site.module)
             if first is not None:
                 self._known[site] = [
@@ -197,7 +225,7 @@ class Layouts:
         matrix (DoRA puts an identity through its adapters) given to a layer whose other inputs
         have an axis for the samples and one for the tokens.
         """
-        layouts, shapes, ones = self._known[site], self._calls[site], first.get(site, [])
+        layouts, shapes, ones = self._known[site], self._noted.calls[site], first.get(site, [])
         if any(layout is not None and layout.flattened for layout in layouts):
             return True
         dims = site.rule.input_dims(site.module) or 0
@@ -214,13 +242,14 @@ class Layouts:
     def _find_layouts(
         self, first: Mapping[Site, list[Shape]], token_counts: Mapping[Place, int]
     ) -> None:
-        for site, shapes in self._calls.items():
+        for site, shapes in self._noted.calls.items():
             dims, ones = site.rule.input_dims(site.module), first.get(site, [])
+            unknown = site.rule is elementwise.RULE
             same_calls = len(ones) == len(shapes)
             self._constant[site] = list(ones) == shapes
             self._known[site] = (
                 [
-                    find_layout(one, shape, self.num_samples, dims, token_counts)
+                    find_layout(one, shape, self.num_samples, dims, token_counts, unknown)
                     for one, shape in zip(ones, shapes, strict=True)
                 ]
                 if same_calls
@@ -276,18 +305,24 @@ def find_layout(
     num_samples: int,
     feature_dims: int | None,
     token_counts: Mapping[Place, int],
+    unknown: bool = False,
 ) -> Layout | None:
-    """The one axis that is N times as long for N samples as for one; None if there is none."""
+    """The one axis that is N times as long for N samples as for one; None if there is none.
+
+    ``unknown``: the last one of the other axes may be a feature's as well as the tokens'.
+    """
     lead = 1 if feature_dims is None else len(one) - feature_dims
     if len(one) != len(many) or one[lead:] != many[lead:]:
         return None
     grown = [axis for axis in range(len(one)) if one[axis] != many[axis]]
     if len(grown) != 1 or many[grown[0]] != num_samples * one[grown[0]]:
         return None
-    share = one[grown[0]]
-    places = frozenset(place for place, tokens in token_counts.items() if tokens == share)
-    bare = share == 1 and lead <= 1
-    return Layout(grown[0], share > 1, places, len(many), bare)
+    share, axis = one[grown[0]], grown[0]
+    may_be_tokens = range(lead - unknown if share == 1 else 0)
+    token_axes = tuple(a for a in may_be_tokens if a != axis)
+    lengths = {one[a] for a in token_axes} or {share}
+    places = frozenset(place for place, tokens in token_counts.items() if tokens in lengths)
+    return Layout(axis, share > 1, places, len(many), token_axes)
 
 
 def layout_fits(layout: Layout, shape: Shape, num_samples: int) -> bool:
@@ -314,6 +349,14 @@ def _is_certain(
         return all(token_counts.get(place) == 1 for place in layout.places)
     share = _share(layout, shape, num_samples)
     return share is not None and any(token_counts.get(p) == share for p in layout.places)
+
+
+def _may_be_list(layout: Layout, shape: Shape, token_counts: Mapping[Place, int]) -> bool:
+    """Whether N rows may be such as values have chosen: they are not seen to be all tokens."""
+    if layout.flattened or len(shape) != layout.dims:
+        return False
+    lengths = {shape[axis] for axis in layout.token_axes}
+    return not any(token_counts.get(place) in lengths for place in layout.places)
 
 
 def _confirmed(

@@ -17,7 +17,7 @@ from fishkern.batches.packing import packing_of
 from fishkern.interception import Site, elementwise, intercepted, rule_for
 from fishkern.interception.rerun import Rerun, find_reruns, rerunning
 from fishkern.scoring.accumulator import FisherAccumulator
-from fishkern.scoring.layouts import Shape
+from fishkern.scoring.layouts import Noted
 from fishkern.scoring.placement import SumsByLayer, misplaced, sample_weights
 from fishkern.scoring.preserve import backward
 from fishkern.scoring.sample_scores import SampleScores
@@ -270,7 +270,7 @@ class Scoring:
                     raise
                 same = False  # perhaps by what was expanded; if not, the error comes again
             if same or not accumulator.expanded:
-                alone = partial(self._sample_shapes, batch, found)
+                alone = partial(self._noted_alone, batch, found)
                 counts = samples.token_counts(batch, found)
                 accumulator.layouts.end_forward(found, first, alone, counts)
                 self._begin_samples(found)
@@ -291,26 +291,26 @@ class Scoring:
         if self.by_sample is not None:
             self.by_sample.begin(size)
 
-    def _first_sample(self, batch: Any, losses: Tensor) -> tuple[dict[Site, list[Shape]], bool]:
-        """All inputs' shapes when the first sample runs alone; whether its loss is as here."""
-        alone, calls = self._alone(batch, losses.shape[1], 0)
+    def _first_sample(self, batch: Any, losses: Tensor) -> tuple[Noted, bool]:
+        """What is noted when the first sample runs alone; whether its loss is as here."""
+        alone, noted = self._alone(batch, losses.shape[1], 0)
         if alone.shape[-1:] != (1,):
-            return calls, not samples.can_slice(batch)
-        return calls, torch.allclose(alone.float(), losses[:, :1].float(), 5e-2, 1e-3)
+            return noted, not samples.can_slice(batch)
+        return noted, torch.allclose(alone.float(), losses[:, :1].float(), 5e-2, 1e-3)
 
-    def _sample_shapes(self, batch: Any, size: int, n: int) -> dict[Site, list[Shape]]:
-        """All inputs' shapes when sample n runs alone."""
+    def _noted_alone(self, batch: Any, size: int, n: int) -> Noted:
+        """What is noted when sample n runs alone."""
         return self._alone(batch, size, n)[1]
 
-    def _alone(self, batch: Any, size: int, n: int) -> tuple[Tensor, dict[Site, list[Shape]]]:
-        """Sample n's loss without the others, and the inputs' shapes; nothing if not cut."""
+    def _alone(self, batch: Any, size: int, n: int) -> tuple[Tensor, Noted]:
+        """Sample n's loss without the others, and what is noted of it; nothing if not cut."""
         loss = torch.empty(0)
-        with self.accumulator.aside() as calls:
+        with self.accumulator.aside() as noted:
             if samples.can_slice(batch):
                 with without_graph():
                     one = samples.take(batch, n, n + 1, size)
                     loss = elementwise.settled(self.loss_fn(self.model, one))
-        return loss, calls
+        return loss, noted
 
     def one_sample_passes(
         self,
