@@ -11,6 +11,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -151,19 +152,28 @@ def fisher_mask_fn(model: nn.Module, scores: Mapping[str, Tensor]) -> Callable[.
         >>> adapted.base_model.model[0].shira_indices["default"].shape
         torch.Size([2, 32])
     """
-    names = {param: name for name, param in named_parameters(model).items()}  # by identity
-    scores = by_canonical_name(scores.items(), "scores")
+    names = {param: name for name, param in named_parameters(model).items()}
+    return _FisherMask(names, by_canonical_name(scores.items(), "scores"))
 
-    def mask_fn(base_layer: nn.Module, r: int, **kwargs: Any) -> Tensor:
+
+@dataclass(frozen=True, eq=False)
+class _FisherMask:
+    """``fisher_mask_fn``'s result: no closure, so that an adapted model can be pickled."""
+
+    names: dict[nn.Parameter, str]  # which are told apart by identity
+    scores: dict[str, Tensor]
+
+    def __call__(self, base_layer: nn.Module, r: int, **kwargs: Any) -> Tensor:
         weight: Any = base_layer.weight
-        name = names.get(weight)
+        name = self.names.get(weight)
         if name is None:
             raise ValueError(
                 "SHiRA asks for the mask of a layer that is not of the model given to "
                 "fisher_mask_fn: make the mask_fn with the model that get_peft_model adapts"
             )
-        if name not in scores or scores[name].shape != weight.shape:
-            found = list(scores[name].shape) if name in scores else "none"
+        scores = self.scores.get(name)
+        if scores is None or scores.shape != weight.shape:
+            found = "none" if scores is None else list(scores.shape)
             raise ValueError(
                 f"{name!r} has shape {list(weight.shape)}, its scores {found}: score it, or leave "
                 f"its layer out of target_modules"
@@ -174,12 +184,10 @@ def fisher_mask_fn(model: nn.Module, scores: Mapping[str, Tensor]) -> Callable[.
                 f"r is {r}, for which {name!r} would train {count} of {weight.numel()} weights: "
                 f"choose a smaller r"
             )
-        (index,) = topk_indices([scores[name]], count)
+        (index,) = topk_indices([scores], count)
         mask = torch.zeros(weight.numel(), dtype=weight.dtype, device=weight.device)
         mask[index.to(weight.device)] = 1
         return mask.view(weight.shape)
-
-    return mask_fn
 
 
 def _shira_config(changes: Mapping[str, Change]) -> Any:

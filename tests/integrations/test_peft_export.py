@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 
 import peft
 import pytest
@@ -242,6 +243,7 @@ def test_stock_shira_trains_the_fisher_mask():
     trainable = {n for n, p in adapted.named_parameters() if p.requires_grad}
     assert len(trainable) == 2
     assert all(adapted.get_parameter(n).grad is not None for n in trainable)
+    pickle.loads(pickle.dumps(adapted))
 
 
 @pytest.mark.parametrize(
