@@ -171,13 +171,19 @@ class FishSparseAdamW(torch.optim.Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Whether GradScaler calls ``step()`` always, with grad_scale and found_inf set around it.
+        """Whether GradScaler always calls ``step()``, and leaves unscaling and skipping to it.
 
-        Not where Accelerate looks whether it calls: a step that was called but skipped would pass
-        for one that was made, and advance the schedule.
+        Only where it cannot do so itself: without a wait for the device, or with float16 gradients.
+        Lightning refuses to clip gradients that ``step()`` unscales. Accelerate looks whether its
+        own function in step's place is called, and lets the schedule advance then.
         """
-        own = self.__dict__.get("step")  # in the place of the class's
-        return not str(getattr(own, "__module__", "")).startswith("accelerate.")
+        if str(getattr(self.__dict__.get("step"), "__module__", "")).startswith("accelerate."):
+            return False
+        return any(
+            group["capturable"] or param.dtype is torch.float16
+            for group in self.param_groups
+            for param in group["params"]
+        )
 
     @property
     def mask(self) -> SparseMask | None:
