@@ -51,7 +51,8 @@ class AliasTensor(Tensor):
     """An alias that passes for the parameter, and passes on what is assigned to its ``data``."""
 
     _is_param = True  # isinstance(alias, nn.Parameter) holds
-    __torch_function__ = torch._C._disabled_torch_function_impl  # results are plain tensors
+    # Results are plain tensors.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
     _fishkern_weight: nn.Parameter
 
     @property

@@ -17,6 +17,7 @@ from fishkern.names import named_parameters, suggest
 from fishkern.selection.masks import SparseMask
 from fishkern.training.alias import is_traced, owner_members
 from fishkern.training.leaves import CHILD, Leaves, gather, wide_dtype
+from fishkern.training.watch import Watch
 
 __all__ = ["Handle", "attached", "train_only"]
 
@@ -111,6 +112,7 @@ class Handle:
         ]
         self._flags = self._current_flags()
         self._keep_trainable = keep_trainable
+        self._watched = False  # whether a first forward has shown that all leaves get gradients
 
     @property
     def mask(self) -> SparseMask:
@@ -191,6 +193,19 @@ class Handle:
         for module in {module: None for module, _, _ in self._dense}:
             if isinstance(child := module._modules.get(CHILD), Leaves):
                 yield child
+
+    def _weights_and_leaves(self) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+        """The dense weights with leaves, and the leaves that are trained, by the weights' names."""
+        weights, trained = {}, {}
+        for module, local, name in self._dense:
+            child = module._modules.get(CHILD)
+            if isinstance(child, Leaves) and (leaf := child._parameters.get(local)) is not None:
+                weight = module._parameters[local]
+                assert weight is not None
+                weights[name] = weight
+                if leaf.requires_grad and not hasattr(leaf, "placements"):  # sharded: by a copy
+                    trained[name] = leaf
+        return weights, trained
 
     def _current_flags(self) -> dict[str, bool]:
         return {
@@ -277,6 +292,31 @@ def _before_forward(model: nn.Module, args: Any) -> None:
         # On a GPU the full comparison would cost launches in each step: there, in training, only
         # what a version counter shows is looked at.
         leaves.reconcile(thorough=not (model.training and leaves.on_gpu))
+    if not handle._watched and torch.is_grad_enabled() and not _has_compiled_parts(model):
+        _watch_forward(model, handle)
+
+
+def _watch_forward(model: nn.Module, handle: Handle) -> None:
+    """Look on until this forward ends."""
+    watch = Watch(*handle._weights_and_leaves())
+
+    def after_forward(model: nn.Module, args: Any, output: Any) -> None:
+        watch.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        hook.remove()
+        if output is not None:  # the forward ended without an exception
+            watch.check(output)
+            handle._watched = True
+
+    hook = model.register_forward_hook(after_forward, always_call=True)
+    watch.__enter__()  # type: ignore[no-untyped-call]
+
+
+def _has_compiled_parts(model: nn.Module) -> bool:
+    """A compiler would take who looks on for a part of the model."""
+    return any(
+        module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
+        for module in model.modules()
+    )
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:

@@ -35,7 +35,7 @@ LAYERS = [
 INNER_LAYERS = {
     "scoring": [{"estimate", "baselines"}, {"passes"}, {"accumulator"}],
     "selection": [{"select"}, {"masks"}],
-    "training": [{"train_only"}],
+    "training": [{"train_only"}, {"alias", "watch"}],
 }
 # The two consumers of interception do not know each other.
 STRANGERS = [({"scoring"}, {"training", "optim"})]
