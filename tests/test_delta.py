@@ -206,6 +206,9 @@ def test_leaves_follow_what_is_applied(path):
     handle = fishkern.train_only(model, mask, unlisted="freeze")
     leaves = [leaf.detach().clone() for leaf in handle.parameters()]
     train(model, torch.optim.SGD(handle.parameters(), lr=0.1))
+    with torch.no_grad():
+        for leaf in handle.parameters():
+            leaf.add_(1)  # by hand: the weights have not followed yet
     trained = [leaf.detach().clone() for leaf in handle.parameters()]
     fishkern.save_delta(model, path, base=base, mask=mask)
     fishkern.revert_delta(model, path)
@@ -230,6 +233,7 @@ def test_places_far_apart(path):
         model.weight[99_999, 9] += 1
         model.weight[1, 1] += 1
     fishkern.save_delta(model, path, base=base)
+    assert files.load(path, "delta")[0]["gaps.weight"].dtype == torch.int32
     fishkern.apply_delta(base, path)
     assert same_bits(base, model.state_dict())
 
@@ -237,11 +241,13 @@ def test_places_far_apart(path):
 def changed(change):
     model = bert()
     with torch.no_grad():
+        model.get_submodule(QUERY).weight[0] = ROW
         change(model)
     return model
 
 
 QUERY = "bert.encoder.layer.0.attention.self.query"
+ROW = torch.arange(16.0)  # the base's first
 
 
 @pytest.mark.parametrize(
@@ -252,6 +258,11 @@ QUERY = "bert.encoder.layer.0.attention.self.query"
         (lambda: bert(type_vocab_size=3), r"'bert.embeddings.token_type.*' is \[3, 16\] in"),
         (lambda: nn.Linear(3, 2), "the model has 'bias', 'weight', which the base of"),
         (lambda: bert().bert, "does not have: load"),
+        # as many of the same bits, elsewhere
+        (
+            lambda: changed(lambda m: m.get_submodule(QUERY).weight[0].copy_(ROW.flip(0))),
+            f"'{QUERY}.weight' of the model has other values",
+        ),
         # a change that no selected entry shows
         (
             lambda: changed(lambda m: m.get_submodule(QUERY).weight[1, 1].add_(1e-3)),
@@ -264,7 +275,7 @@ QUERY = "bert.encoder.layer.0.attention.self.query"
     ],
 )
 def test_another_base_is_refused_by_name_and_left_alone(path, make, message):
-    model = bert()
+    model = changed(lambda m: None)
     base = snapshot(model)
     with torch.no_grad():
         model.get_submodule(QUERY).weight[0, ::5] += 0.1

@@ -191,6 +191,19 @@ def test_supertuning_has_one_share_for_all_layers(tmp_path):
     loads(tmp_path, base, model)
 
 
+@needs_supertuning
+def test_a_share_that_does_not_come_back_from_its_complement(tmp_path):
+    count, size = 3, 7
+    assert int(size**2 * (1 - (1 - count / size**2))) == count - 1
+    base = nn.Sequential(nn.Linear(size, size))
+    model = copy.deepcopy(base)
+    with torch.no_grad():
+        model[0].weight.view(-1)[:count] += 1
+    export_adapter(model, tmp_path, base=base, method="supertuning")
+    x = torch.randn(4, size)
+    torch.testing.assert_close(peft.PeftModel.from_pretrained(base, tmp_path)(x), model(x))
+
+
 def test_names_that_end_alike_are_told_apart(tmp_path):
     def make():
         torch.manual_seed(0)
