@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fishkern.optim.masters import MASTER
 from fishkern.optim.roles import (
     admit,
     check_answered,
@@ -166,7 +167,9 @@ def unpack_state(
                     f"the same mask"
                 )
         loaded[param] = {
-            field: _copied(field, value, param, capturable) for field, value in entry.items()
+            field: _copied(field, value, param, capturable)
+            for field, value in entry.items()
+            if field != MASTER  # it is the parameter's, not a state
         }
     return loaded
 

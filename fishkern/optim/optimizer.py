@@ -23,6 +23,7 @@ from fishkern.optim.checkpoint import (
     unpack_state,
 )
 from fishkern.optim.launch import Plan, gather, is_sharded, make_plan, run, scaling
+from fishkern.optim.masters import add_masters, restore_masters, saved_masters
 from fishkern.optim.roles import (
     UNLISTED,
     admit,
@@ -82,7 +83,8 @@ class FishSparseAdamW(torch.optim.Optimizer):
     float32 where the parameter is bfloat16 or float16 (float64 where it is float64). It is built in
     the first step, which is not counted where lr = 0 and all gradients are zero: it moves nothing,
     and is how checkpoint libraries make a state to load into. The mask travels in
-    ``state_dict()["param_groups"]``.
+    ``state_dict()["param_groups"]``. There, leaves of narrower weights (``train_only``) have also a
+    ``master``, their float32 values, which loading puts back.
 
     Args:
         params: As AdamW: parameters, (name, parameter) pairs, or groups of either. With a mask they
@@ -331,8 +333,10 @@ class FishSparseAdamW(torch.optim.Optimizer):
         if mask is not None and mask is not self._mask:
             check_mask(mask, own, self._unlisted)
         state = unpack_state(state_dict["state"], saved, own, mask, self._unlisted)
+        masters = saved_masters(state_dict, own)
         self._mask = mask
         self.__setstate__({"state": state, "param_groups": unpack_groups(saved, own)})
+        restore_masters(masters)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -363,6 +367,7 @@ class FishSparseAdamW(torch.optim.Optimizer):
 def _add_masks(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
     """Let the mask travel in a checkpoint's groups; the live ones only say that there is one."""
     assert isinstance(optimizer, FishSparseAdamW)
+    add_masters(state_dict, optimizer.param_groups)
     if optimizer.mask is not None:
         for group in state_dict["param_groups"]:
             group["mask"] = pack_mask(optimizer.mask, group.get("param_names", ()))

@@ -54,6 +54,20 @@ def home_of(leaf: Tensor) -> Home | None:
     return None if owner is None else owner.home(name)
 
 
+def is_master(tensor: Tensor) -> bool:
+    """Whether it is the leaf of a weight that holds only the rounding of its values."""
+    leaves, name = _homes.get(tensor, (None, ""))
+    owner = None if leaves is None else leaves()
+    return owner is not None and bool(owner.home(name).weight.dtype != tensor.dtype)
+
+
+def settle(leaf: Tensor) -> None:
+    """Bring a leaf and its weight together; nothing is done for other tensors."""
+    leaves, _ = _homes.get(leaf, (None, ""))
+    if leaves is not None and (owner := leaves()) is not None:
+        owner.reconcile()
+
+
 class Leaves(nn.Module):
     """The leaves of one owner, by the local names of its weights, and their indices.
 
