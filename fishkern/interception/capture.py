@@ -129,8 +129,16 @@ _PAUSED: ContextVar[bool] = ContextVar("paused", default=False)
 
 
 def is_paused() -> bool:
-    """Whether modules run as if nobody listened."""
-    return _PAUSED.get()
+    """Whether modules run as if nobody listened: also inside ``torch.func``'s transforms.
+
+    There a tensor stands for others of another shape, and gradients are not the loss's.
+    """
+    return _PAUSED.get() or is_transformed()
+
+
+def is_transformed() -> bool:
+    """Whether this runs inside a transform of ``torch.func`` (vmap, grad, jvp, ...)."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from types import MappingProxyType
@@ -21,7 +22,8 @@ class Rule:
     One method is needed, ``sample_grads``; the others have defaults made of it and of the layer's
     own forward, to be replaced where there is a cheaper way. A rule is stateless: it serves every
     module of its type, for scoring and for training. ``params`` names the module's parameters that
-    it covers.
+    it covers. A ``fisher_`` of the rule's own has to take ``sample_scores`` and ``masks``, which
+    the self-check and sums by sample give it; where it is left out, the default does so.
 
     Example:
         A layer that scales its features:
@@ -148,6 +150,9 @@ def register_rule(module_type: type[nn.Module] | str, rule: Rule) -> None:
             of its own; ``rule.covers`` then has to find out what each computes.
         rule: How its gradients are made.
 
+    Raises:
+        TypeError: No rule, or one whose own ``fisher_`` takes other arguments than ``Rule``'s.
+
     Example:
         A subclass that computes what its base computes:
 
@@ -157,6 +162,15 @@ def register_rule(module_type: type[nn.Module] | str, rule: Rule) -> None:
         ...     pass
         >>> fishkern.register_rule(MyLinear, LinearRule())
     """
+    if not isinstance(rule, Rule):
+        raise TypeError(f"rule is {rule!r}: pass an instance of a subclass of fishkern.Rule")
+    taken = inspect.signature(rule.fisher_).parameters
+    missing = [name for name in ("sample_scores", "masks") if name not in taken]
+    if missing and not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
+        raise TypeError(
+            f"{type(rule).__name__}.fisher_ takes no {' and no '.join(missing)}: give it all "
+            f"arguments of Rule.fisher_, or leave it out (its default needs sample_grads alone)"
+        )
     name = module_type if isinstance(module_type, str) else _qualified_name(module_type)
     _RULES[name] = rule
 

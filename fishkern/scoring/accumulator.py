@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from fishkern.batches.packing import Packing
-from fishkern.interception import Rule, Site, elementwise
+from fishkern.interception import Rule, Site, elementwise, original_class
 from fishkern.interception.embedding import EmbeddingRule
 from fishkern.interception.linear import LinearRule
 from fishkern.interception.rerun import CHUNK_BYTES, Call, RerunError
-from fishkern.scoring.choices import WatchChoices
+from fishkern.scoring.choices import Watch
 from fishkern.scoring.layouts import Layouts, Noted
 from fishkern.scoring.sample_scores import SampleScores
 from fishkern.scoring.tied import HeadRows, head_rows, scatter_rows_
@@ -48,6 +48,8 @@ class FisherAccumulator:
         self.scores = scores
         self.by_sample = by_sample
         self.tied: set[str] = set()  # scored by a formula that can round to less than zero
+        #: Why parameters were last left to another route.
+        self.reasons: dict[str, str] = {}
         self.layouts = Layouts()
         self._begin()
 
@@ -65,6 +67,8 @@ class FisherAccumulator:
         self.done: set[str] = set()
         self.strays: set[str] = set()
         self.spoiled: set[str] = set()
+        #: Whether loss_fn or the model took gradients within the forward pass.
+        self.differentiated = False
 
     @contextmanager
     def batch(
@@ -86,7 +90,7 @@ class FisherAccumulator:
             for name in names:
                 hook = self.params[name].register_hook(partial(self._completed, name))
                 stack.enter_context(hook)
-            stack.enter_context(WatchChoices(self.layouts.note_choice))
+            stack.enter_context(Watch(self.layouts.note_choice, self._differentiated))
             yield
 
     # In the forward pass
@@ -103,6 +107,9 @@ class FisherAccumulator:
                 for name in site.names.values():
                     self.lookups.setdefault(name, []).append(_Use(site, x, x))
         return x
+
+    def _differentiated(self) -> None:
+        self.differentiated = self.differentiated or self.layouts.in_forward
 
     def forget_calls(self) -> None:
         """The forward pass starts again."""
@@ -126,7 +133,7 @@ class FisherAccumulator:
         """Hold a use until its parameters are complete."""
         if self.layouts.of(site, tuple(x.shape)) is None:
             for name in site.names.values():
-                self._stray(name)
+                self._stray(name, _not_found(x.shape, site.module))
         for name in site.names.values():
             if name not in self.strays:
                 self.uses.setdefault(name, []).append(_Use(site, x, grad_out))
@@ -185,7 +192,8 @@ class FisherAccumulator:
         by_sample = None if layout is None else self.layouts.by_sample(layout, use, grad_out)
         if by_sample is None:
             for name in names:
-                self._stray(name)
+                reason = f"it meets activations of shape {list(shape)} of no layout by samples"
+                self._stray(name, reason)
         elif not self.strays.issuperset(names):
             for site, grads in zip(use.sites, use.sample_grads(by_sample), strict=True):
                 for name in site.names.values():
@@ -198,9 +206,10 @@ class FisherAccumulator:
             return
         try:
             self._rerun(call, names, grad_out)
-        except RerunError:
+        except RerunError as error:
+            module = original_class(call.rerun.module).__name__
             for name in names:
-                self._stray(name)
+                self._stray(name, f"{module} cannot be run again for single samples: {error}")
 
     def _rerun(self, call: Call, names: list[str], grad_out: Tensor) -> None:
         """Hold the samples' gradients; what is large and has no other use is squared at once."""
@@ -264,9 +273,10 @@ class FisherAccumulator:
             self.ready[name] = grads if held is None else held + grads
             self.num_uses[name] += 1
 
-    def _stray(self, name: str) -> None:
+    def _stray(self, name: str, reason: str) -> None:
         """Leave the parameter to another route; nothing of it may have been accumulated."""
         self.strays.add(name)
+        self.reasons[name] = reason
         self._drop(name)
         if name in self.done:
             self.spoiled.add(name)
@@ -278,7 +288,7 @@ class FisherAccumulator:
 
     def _completed(self, name: str, grad: Tensor | None) -> None:
         if grad is not None:
-            self._stray(name)
+            self._stray(name, "it has a use that no rule sees, outside its module or within it")
         elif name in self.uses or name in self.ready:
             self.complete.add(name)
             if self.num_calls[name] > self.num_uses[name]:
@@ -420,6 +430,11 @@ def _same_layer(uses: Sequence[_Use]) -> bool:
 def _joined(uses: tuple[Tensor, ...]) -> Tensor:
     """All uses along the token axis; of a single one no copy is made."""
     return uses[0] if len(uses) == 1 else torch.cat(uses, 1)
+
+
+def _not_found(shape: torch.Size, module: nn.Module) -> str:
+    kind = original_class(module).__name__
+    return f"the samples are not to be found in an input of shape {list(shape)} of its {kind}"
 
 
 def _local_name(site: Site, name: str) -> str:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from fishkern.interception import is_transformed
+
 Shape = tuple[int, ...]
 
 
@@ -36,20 +38,24 @@ class Choice(NamedTuple):
     constant: bool
 
 
-class WatchChoices(TorchFunctionMode):
-    """Gives each choice to ``note`` as it is made."""
+class Watch(TorchFunctionMode):
+    """Gives each choice to ``note`` as it is made; tells ``differentiated`` of inner gradients."""
 
-    def __init__(self, note: Callable[[Choice], None]) -> None:
+    def __init__(
+        self, note: Callable[[Choice], None], differentiated: Callable[[], None] | None = None
+    ) -> None:
         super().__init__()
-        self.note = note
+        self.note, self.differentiated = note, differentiated
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Look, and call the function as it is."""
         kwargs = kwargs or {}
-        read = _READERS.get(getattr(func, "__name__", ""))
-        if read is not None:
-            for choice in read(func.__name__, args, kwargs):
+        name = getattr(func, "__name__", "")
+        if (read := _READERS.get(name)) is not None:
+            for choice in read(name, args, kwargs):
                 self.note(choice)
+        elif name in _DERIVATIVES and self.differentiated and not is_transformed():
+            self.differentiated()
         return func(*args, **kwargs)
 
 
@@ -100,6 +106,9 @@ def _is_even(choice: Choice, axis: int | None, num_samples: int) -> bool:
         values = values.flatten(1).sum(1)
     return bool((values == values[:1]).all())
 
+
+#: ``torch.autograd.grad``, ``Tensor.backward``.
+_DERIVATIVES = ("grad", "backward")
 
 # What is noted of a function's arguments: masks, numbers, pieces.
 

@@ -31,13 +31,14 @@ class FisherDiagonal(Mapping[str, Tensor]):
         num_samples: How many samples the mean is over; 0 for another kind that needs none.
         labels: Where the labels came from: "empirical", "sampled", "expected"; None: not said.
         routes: For each parameter how it was scored: "fused", "vmap" or "loop"; may leave some out.
+        reasons: For parameters that were not "fused" why, a sentence each; may leave some out.
         sample_scores: float32 ``[num_samples]``: each sample's squares, summed over entries.
         kind: What the scores are: "fisher", or a kind of ``baseline_scores``.
 
     Raises:
         TypeError: A score that is not a float32 tensor, or a field of another type.
-        ValueError: Two names that are one, a route for no parameter, no samples, or sample scores
-            of another shape.
+        ValueError: Two names that are one, a route or reason for no parameter, no samples, or
+            sample scores of another shape.
 
     Example:
         >>> import torch
@@ -53,6 +54,7 @@ class FisherDiagonal(Mapping[str, Tensor]):
         num_samples: int,
         labels: str | None = None,
         routes: Mapping[str, str] | None = None,
+        reasons: Mapping[str, str] | None = None,
         sample_scores: Tensor | None = None,
         kind: str = "fisher",
     ) -> None:
@@ -78,7 +80,12 @@ class FisherDiagonal(Mapping[str, Tensor]):
                 raise ValueError(f"routes names {name!r}, which has no score")
             if route not in ROUTES:
                 raise ValueError(f"the route of {name!r} is {route!r}: one of {', '.join(ROUTES)}")
-
+        self.reasons: dict[str, str] = by_canonical_name((reasons or {}).items(), "reasons")
+        for name, reason in self.reasons.items():
+            if name not in self._scores:
+                raise ValueError(f"reasons names {name!r}, which has no score")
+            if not isinstance(reason, str):
+                raise TypeError(f"the reason of {name!r} is {reason!r}: pass a string")
         self.sample_scores = sample_scores
         if sample_scores is not None:
             check_scores({"sample_scores": sample_scores})
@@ -121,7 +128,8 @@ class FisherDiagonal(Mapping[str, Tensor]):
             parts.append(f"labels={self.labels!r}")
         if self.routes:
             counts = Counter(self.routes.values())
-            parts.append(" ".join(f"{counts[route]} {route}" for route in ROUTES if counts[route]))
+            routes = " ".join(f"{counts[route]} {route}" for route in ROUTES if counts[route])
+            parts.append(routes + (" (see .reasons)" if self.reasons else ""))
         return f"FisherDiagonal({', '.join(parts)})"
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -132,6 +140,7 @@ class FisherDiagonal(Mapping[str, Tensor]):
             "labels": self.labels,
             "kind": self.kind,
             "routes": self.routes,
+            "reasons": self.reasons,
         }
         tensors = dict(self._scores)
         if self.sample_scores is not None:
@@ -148,8 +157,8 @@ class FisherDiagonal(Mapping[str, Tensor]):
         scores, fields = files.load(path, "fisher")
         sample_scores = scores.pop(_SAMPLE_SCORES, None)
         kwargs: dict[str, Any] = {key: fields[key] for key in ("num_samples", "labels", "routes")}
-        kind = fields.get("kind", "fisher")
-        return cls(scores, sample_scores=sample_scores, kind=kind, **kwargs)
+        kwargs |= {"kind": fields.get("kind", "fisher"), "reasons": fields.get("reasons")}
+        return cls(scores, sample_scores=sample_scores, **kwargs)
 
 
 def _equal(one: Tensor | None, other: Tensor | None) -> bool:

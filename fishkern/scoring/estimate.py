@@ -50,7 +50,8 @@ def estimate_fisher(
     The cost is that of one ordinary forward and backward a batch wherever a rule covers the layer
     ("fused" in ``.routes``): its weight-gradient product is replaced by a kernel that squares per
     sample. A parameter without a rule, or with a use that no rule saw, is scored by exact
-    one-sample passes over the same batch ("loop").
+    one-sample passes over the same batch ("loop"); ``.reasons`` says why. So are all parameters
+    where loss_fn or the model takes gradients itself (a gradient penalty, forces).
 
     The model is scored without dropout and with its norms in eval mode, and is left as it was:
     gradients, buffers, modes, hooks, classes, random state.
@@ -273,5 +274,6 @@ def _finished(
         num_samples=total,
         labels=labels,
         routes=scoring.routes(),
+        reasons=scoring.why(),
         sample_scores=sample_scores,
     )

@@ -78,7 +78,7 @@ class Layouts:
         """A batch begins. ``packing``: how its samples are packed, if they are."""
         self.num_samples = 0
         self.packing = packing
-        self._in_forward = self._recording = True
+        self.in_forward = self._recording = True
         self._noted = Noted()
         self._by_shape: dict[tuple[Site, Shape], Layout | None] = {}
 
@@ -87,14 +87,14 @@ class Layouts:
 
         Those that checkpointing computes again are not noted, those of passes aside do not count.
         """
-        if self._in_forward:
+        if self.in_forward:
             self._noted.calls.setdefault(site, []).append(shape)
             self._noted.before[site] = len(self._noted.choices)
-        return self._in_forward and self._recording
+        return self.in_forward and self._recording
 
     def note_choice(self, choice: Choice) -> None:
         """Note where values decide how many rows there are."""
-        if self._in_forward:
+        if self.in_forward:
             self._noted.choices.append(choice)
 
     def forget_calls(self) -> None:
@@ -104,12 +104,12 @@ class Layouts:
     @contextmanager
     def aside(self) -> Iterator[Noted]:
         """What is noted of a pass in between, which does not count."""
-        before = self._noted, self._in_forward, self._recording
-        self._noted, self._in_forward, self._recording = Noted(), True, False
+        before = self._noted, self.in_forward, self._recording
+        self._noted, self.in_forward, self._recording = Noted(), True, False
         try:
             yield self._noted
         finally:
-            self._noted, self._in_forward, self._recording = before
+            self._noted, self.in_forward, self._recording = before
 
     def of(self, site: Site, shape: Shape) -> Layout | None:
         """The layout of an input of this shape; None where it has no axis of samples."""
@@ -134,7 +134,7 @@ class Layouts:
             alone: The same of any sample.
             token_counts: How many tokens a sample of this batch can have, by place.
         """
-        self._in_forward, self.num_samples = False, num_samples
+        self.in_forward, self.num_samples = False, num_samples
         noted, ones = self._noted, None if first is None else first.calls
         if self.packing is not None and num_samples > 1:
             self._find_packed(self.packing, ones)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fishkern.batches import samples
 from fishkern.batches.losses import LossFn, require_losses
 from fishkern.batches.packing import packing_of
-from fishkern.interception import Site, elementwise, intercepted, rule_for
+from fishkern.interception import Site, elementwise, intercepted, original_class, rule_for
 from fishkern.interception.rerun import Rerun, find_reruns, rerunning
 from fishkern.scoring.accumulator import FisherAccumulator
 from fishkern.scoring.layouts import Noted
@@ -25,14 +25,6 @@ from fishkern.scoring.verification import check_losses, verify_scores
 
 #: Reentrant checkpointing's warning that a segment gets no gradient.
 CUT_OFF = "None of the inputs have requires_grad"
-
-
-@contextmanager
-def without_graph() -> Iterator[None]:
-    """No gradient is wanted, so none is missed by a checkpointed segment."""
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", CUT_OFF)
-        yield
 
 
 def _own_terms(losses: Tensor) -> list[Tensor]:
@@ -68,6 +60,9 @@ class Scoring:
         self.reruns: list[Rerun] = []
         self.loop: set[str] = set()
         self.probed = self.verified = self.attached = False
+        #: Whether the losses are made of gradients that loss_fn or the model takes itself.
+        self.differentiates = False
+        self.reasons: dict[str, str] = {}
         self.packed: bool | None = None
         # Position ids [1, T] stand for all samples; expanded to [N, T], their gradients come sample
         # by sample. Off where the model turns out to want them as they are.
@@ -133,9 +128,9 @@ class Scoring:
                     f"batch be one with such a use, or checkpoint with use_reentrant=False"
                 )
             self._zero_scores()
-            self.loop |= strays
+            self._leave(strays)
             return self.add(batch, size)
-        self.loop |= strays
+        self._leave(strays)
         for name in self.accumulator.tied:
             self.scores[name].clamp_(min=0.0)
         self.one_sample_passes(batch, size, range(size), self.loop, self._add_square)
@@ -169,14 +164,14 @@ class Scoring:
                 size, strays = self._fused_pass(batch, size, terms, ended)
         if size == 0:
             return
-        self.loop |= strays
+        self._leave(strays)
         self.verified = size > 1
         count = min(count, size)
         narrow = check_losses(self, batch, size, count)
         if sums and size > 1:
             entries = {name: param.numel() for name, param in self.candidates.items()}
             wrong = misplaced(sums[0], sums[1], weights, entries, 0.2 if narrow else 1e-3)
-            self.loop |= wrong
+            self._leave(wrong, "its layer's gradients do not follow the samples' losses in order")
             self.probed = self.probed and not wrong
         fused = sorted(set(self.candidates) - self.loop)
         verify_scores(self, batch, size, count, fused, narrow)
@@ -266,10 +261,10 @@ class Scoring:
                     first, same = self._first_sample(batch, losses.detach())
                     self.probed = True
             except Exception:
-                if not accumulator.expanded:
+                if not (accumulator.expanded or accumulator.differentiated):
                     raise
                 same = False  # perhaps by what was expanded; if not, the error comes again
-            if same or not accumulator.expanded:
+            if not accumulator.differentiated and (same or not accumulator.expanded):
                 alone = partial(self._noted_alone, batch, found)
                 counts = samples.token_counts(batch, found)
                 accumulator.layouts.end_forward(found, first, alone, counts)
@@ -284,8 +279,25 @@ class Scoring:
                     # Constants from now on: others may meet them where they met activations.
                     self.probed = False
                 return found, accumulator.strays
-        self.broadcasts = self.probed = False
+        if accumulator.differentiated:
+            self.differentiates = True
+            self._leave(set(self.candidates), "loss_fn or the model takes gradients itself")
+        else:
+            self.broadcasts = self.probed = False
         return self._fused_pass(batch, size, terms, ended)
+
+    @contextmanager
+    def _without_graph(self) -> Iterator[None]:
+        """No gradient is wanted, so none is missed by a checkpointed segment."""
+        with torch.set_grad_enabled(self.differentiates), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", CUT_OFF)
+            yield
+
+    def _leave(self, names: set[str], reason: str | None = None) -> None:
+        """From here on these parameters are scored by one-sample passes."""
+        for name in names - self.loop:
+            self.reasons[name] = reason or self.accumulator.reasons[name]
+        self.loop |= names
 
     def _begin_samples(self, size: int) -> None:
         if self.by_sample is not None:
@@ -307,7 +319,7 @@ class Scoring:
         loss = torch.empty(0)
         with self.accumulator.aside() as noted:
             if samples.can_slice(batch):
-                with without_graph():
+                with self._without_graph():
                     one = samples.take(batch, n, n + 1, size)
                     loss = elementwise.settled(self.loss_fn(self.model, one))
         return loss, noted
@@ -328,6 +340,7 @@ class Scoring:
         chosen = list(chosen)
         each = self._each_loss(batch, size, chosen)
         for n, (terms, shared) in zip(chosen, each, strict=True):
+            self._clear_grads()  # loss_fn may have left some
             for k, term in enumerate(terms):
                 self._backward(term, batch, retain_graph=shared or k + 1 < len(terms))
                 for name in names:
@@ -338,8 +351,8 @@ class Scoring:
 
     def losses_alone(self, batch: Any, size: int, chosen: Iterable[int]) -> list[Tensor]:
         """The losses of the one-sample passes, without a graph."""
-        with without_graph():
-            return [terms.sum() for terms, _ in self._each_loss(batch, size, chosen)]
+        with self._without_graph():
+            return [terms.detach().sum() for terms, _ in self._each_loss(batch, size, chosen)]
 
     def _each_loss(
         self, batch: Any, size: int, chosen: Iterable[int]
@@ -362,8 +375,8 @@ class Scoring:
 
     def batch_losses(self, batch: Any, size: int) -> Tensor:
         """All losses [N] of the batch, without a graph."""
-        with without_graph():
-            return self._losses(batch, size).sum(0)
+        with self._without_graph():
+            return self._losses(batch, size).detach().sum(0)
 
     def _add_square(self, n: int, name: str, grad: Tensor) -> None:
         scores = self.scores[name]
@@ -392,7 +405,7 @@ class Scoring:
                 )
 
     def _size(self, batch: Any) -> int:
-        with without_graph():
+        with self._without_graph():
             return self._losses(batch, None).shape[1]
 
     def _losses(self, batch: Any, size: int | None) -> Tensor:
@@ -447,3 +460,14 @@ class Scoring:
         for rerun in self.reruns:  # where vmap cannot run the module, it is looped over
             routes |= dict.fromkeys(rerun.params, "vmap" if rerun.reason is None else "loop")
         return routes | dict.fromkeys(self.loop, "loop")
+
+    def why(self) -> dict[str, str]:
+        """For each candidate that was not fused the reason."""
+        reasons: dict[str, str] = {}
+        for rerun in self.reruns:
+            reason = f"no rule covers its {original_class(rerun.module).__name__}"
+            if rerun.reason is not None:
+                reason += f", which cannot be run for all samples at once: {rerun.reason}"
+            reasons |= dict.fromkeys(rerun.params, reason)
+        reasons |= {name: self.reasons[name] for name in self.loop}
+        return {name: reasons[name] for name in self.candidates if name in reasons}

@@ -4,6 +4,7 @@ import pickle
 import pytest
 import torch
 
+from fishkern import files
 from fishkern.scoring.diagonal import FisherDiagonal
 
 
@@ -69,6 +70,32 @@ def test_file_round_trip(tmp_path):
     assert list(loaded) == list(fisher)
     assert (loaded.num_samples, loaded.labels, loaded.routes) == (7, "sampled", routes)
     assert all(score.dtype == torch.float32 for score in loaded.values())
+
+
+def test_reasons_are_kept_and_shown(tmp_path):
+    routes = {"b.weight": "fused", "a.bias": "loop"}
+    reasons = {"module.a.bias": "it has a use that no rule sees"}
+    fisher = FisherDiagonal(scores(), num_samples=7, routes=routes, reasons=reasons)
+    assert fisher.reasons == {"a.bias": "it has a use that no rule sees"}
+    assert repr(fisher).endswith("1 fused 1 loop (see .reasons))")
+    fisher.save(tmp_path / "fisher")
+    assert FisherDiagonal.load(tmp_path / "fisher").reasons == fisher.reasons
+    assert FisherDiagonal(scores(), num_samples=7).reasons == {}
+    with pytest.raises(ValueError, match="reasons names 'missing'"):
+        FisherDiagonal(scores(), num_samples=7, reasons={"missing": "?"})
+    with pytest.raises(TypeError, match=r"the reason of 'a\.bias' is 3"):
+        FisherDiagonal(scores(), num_samples=7, reasons={"a.bias": 3})
+
+
+def test_a_file_without_reasons_can_be_read(tmp_path, monkeypatch):
+    save = files.save
+
+    def without(path, kind, tensors, fields):
+        save(path, kind, tensors, {key: v for key, v in fields.items() if key != "reasons"})
+
+    monkeypatch.setattr(files, "save", without)
+    FisherDiagonal(scores(), num_samples=7).save(tmp_path / "fisher")
+    assert FisherDiagonal.load(tmp_path / "fisher").reasons == {}
 
 
 def test_equality_is_of_bits_and_origin():

@@ -85,6 +85,7 @@ def test_a_list_of_as_many_tokens_as_samples_is_exact(counts):
     )
     assert scores.routes["body.weight"] == "fused"
     assert scores.routes["head.weight"] == ("fused" if counts == [1, 1, 1, 1] else "loop")
+    assert ("head.weight" in scores.reasons) == (counts != [1, 1, 1, 1])
 
 
 def test_each_samples_squares_follow_its_own_weight():

@@ -84,12 +84,17 @@ def test_a_product_of_parameters(times, reentrant, verify):
     scores = assert_exact(Net(Product(), times, reentrant), batches(), verify=verify)
     assert scores.routes["middle.factors.a"] == scores.routes["middle.factors.b"] == "vmap"
     assert scores.routes["first.weight"] == scores.routes["last.weight"] == "fused"
+    why = dict.fromkeys(["middle.factors.a", "middle.factors.b"], "no rule covers its Product")
+    assert scores.reasons == why
 
 
 def test_what_vmap_cannot_do_runs_sample_by_sample():
     torch.manual_seed(0)
     scores = assert_exact(Net(Stubborn()), batches())
     assert scores.routes["middle.factors.a"] == "loop"
+    reason = scores.reasons["middle.factors.a"]
+    assert reason.startswith("no rule covers its Stubborn, which cannot be run for all samples at")
+    assert "autograd.Function" in reason  # functorch's own words
 
 
 def test_only_once_for_each_batch():
