@@ -124,9 +124,10 @@ def _substituted(weight: Tensor, values: Tensor, indices: Tensor) -> Tensor:
 def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The forward of a module with a rule: its input and grad_out make the selected gradient."""
     cls = original_class(self)
-    rule = registered(cls)
-    if rule is None or len(args) != 1 or kwargs or not torch.is_grad_enabled() or is_traced():
+    if is_traced() or len(args) != 1 or kwargs or not torch.is_grad_enabled():
         return cls.forward(self, *args, **kwargs)
+    rule = registered(cls)
+    assert rule is not None
     leaves: Any = self._modules[CHILD]
     params = {name: p for name in rule.params if (p := self._parameters.get(name)) is not None}
     # A weight that is trained whole beside the leaves (unlisted="train") gets its dense gradient.

@@ -20,6 +20,9 @@ SETTLED = "_settled"
 #: Where each leaf's values belong, for the optimizer's kernel: leaf -> (its module, local name).
 _homes: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
+#: Leaves that were detached, as long as somebody keeps them.
+_removed: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
 
 _generation = 0
 
@@ -54,6 +57,11 @@ def home_of(leaf: Tensor) -> Home | None:
     return None if owner is None else owner.home(name)
 
 
+def any_removed() -> bool:
+    """Whether somebody keeps leaves that belong to no weight any more."""
+    return len(_removed) > 0
+
+
 def is_master(tensor: Tensor) -> bool:
     """Whether it is the leaf of a weight that holds only the rounding of its values."""
     leaves, name = _homes.get(tensor, (None, ""))
@@ -84,9 +92,13 @@ class Leaves(nn.Module):
         super().__init__()
         self._owner = [owner]  # in a list, so that it is not taken for a child
         self._seen: dict[str, tuple[int, int, int]] = {}
+        self._shapes: dict[str, torch.Size] = {}
 
     def add(self, name: str, leaf: nn.Parameter, indices: Tensor) -> None:
         """Take over the owner's weight ``name``."""
+        weight = self._owner[0]._parameters[name]
+        assert weight is not None
+        self._shapes[name] = weight.shape
         self.register_parameter(name, leaf)
         self.register_buffer(name + INDICES, indices, persistent=False)
         self.register_buffer(name + SETTLED, leaf.detach().clone(), persistent=False)
@@ -111,7 +123,7 @@ class Leaves(nn.Module):
         return any(leaf is not None and leaf.is_cuda for leaf in self._parameters.values())
 
     @torch.no_grad()
-    def reconcile(self, *, thorough: bool = True) -> None:
+    def reconcile(self, *, thorough: bool = True, strict: bool = False) -> None:
         """Bring leaf and weight together.
 
         A weight's entry that was written goes to the leaf - unless it is the leaf's own rounding,
@@ -119,10 +131,23 @@ class Leaves(nn.Module):
 
         Args:
             thorough: Also look where no version counter moved since the last time.
+            strict: Refuse weights that were resized, which otherwise are left alone.
+
+        Raises:
+            RuntimeError: A weight has another shape.
         """
         for name, leaf, weight, indices in self.items():
-            if not isinstance(weight, nn.Parameter):
+            if not isinstance(weight, nn.Parameter) or not isinstance(leaf, nn.Parameter):
                 continue  # lent to the module for one call, by torch.func.functional_call
+            if weight.shape != self._shapes[name]:
+                if strict:
+                    raise RuntimeError(
+                        f"the {name} of a {type(self._owner[0]).__name__} has shape "
+                        f"{list(weight.shape)} now, but had {list(self._shapes[name])} when "
+                        f"train_only was attached, whose entries may lie elsewhere: call "
+                        f"fishkern.attached(model).remove(), and resize before attaching"
+                    )
+                continue
             if not thorough and self._seen.get(name) == _stamp(leaf, weight):
                 continue
             settled = self._buffers[name + SETTLED]
@@ -139,6 +164,7 @@ class Leaves(nn.Module):
         _generation += 1
         for name, leaf in self._parameters.items():
             _homes[leaf] = (weakref.ref(self), name)
+            _removed.pop(leaf, None)
 
     def unregister(self) -> None:
         """The leaves are detached: nothing follows them any more."""
@@ -146,6 +172,7 @@ class Leaves(nn.Module):
         _generation += 1
         for leaf in self._parameters.values():
             _homes[leaf] = (None, "")
+            _removed[leaf] = None
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self.reconcile()  # the owner's tensors are in the dict already; they share their memory

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import functools
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from fishkern.interception import exchange_class, original_class, rule_for
 from fishkern.names import named_parameters, suggest
 from fishkern.selection.masks import SparseMask
 from fishkern.training.alias import is_traced, owner_members
 from fishkern.training.leaves import CHILD, Leaves, gather, wide_dtype
+from fishkern.training.steps import follow, forget
 from fishkern.training.watch import Watch
 
 __all__ = ["Handle", "attached", "train_only"]
 
 _ATTACHMENT = "_fishkern_attachment"
-_handles: weakref.WeakSet[Handle] = weakref.WeakSet()
 
 
 def train_only(model: nn.Module, mask: SparseMask, *, unlisted: str = "error") -> Handle:
@@ -187,7 +184,7 @@ class Handle:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        _watch(self)
+        follow(self)
 
     def _leaves(self) -> Iterator[Leaves]:
         for module in {module: None for module, _, _ in self._dense}:
@@ -201,7 +198,8 @@ class Handle:
             child = module._modules.get(CHILD)
             if isinstance(child, Leaves) and (leaf := child._parameters.get(local)) is not None:
                 weight = module._parameters[local]
-                assert weight is not None
+                if not isinstance(weight, nn.Parameter):
+                    continue  # lent by torch.func.functional_call
                 weights[name] = weight
                 if leaf.requires_grad and not hasattr(leaf, "placements"):  # sharded: by a copy
                     trained[name] = leaf
@@ -223,7 +221,9 @@ class Handle:
         """Adapter libraries switch their weights' flags: the dense weights stay frozen."""
         for module, local, name in self._dense:
             weight = module._parameters.get(local)
-            if weight is not None and weight.requires_grad and name not in self._keep_trainable:
+            if not isinstance(weight, nn.Parameter) or name in self._keep_trainable:
+                continue  # none, or lent by torch.func.functional_call
+            if weight.requires_grad:
                 weight.requires_grad_(False)
                 weight.grad = None
 
@@ -263,7 +263,7 @@ class Handle:
         self._freeze()
         self._model.register_forward_pre_hook(_before_forward)
         self._model.__dict__[_ATTACHMENT] = self
-        _watch(self)
+        follow(self)
 
     def _detach(self) -> dict[nn.Module, Leaves]:
         stashed = {}
@@ -276,7 +276,7 @@ class Handle:
         for key in [key for key, hook in hooks.items() if hook is _before_forward]:
             del hooks[key]
         self._model.__dict__.pop(_ATTACHMENT, None)
-        _handles.discard(self)
+        forget(self)
         return stashed
 
 
@@ -291,7 +291,7 @@ def _before_forward(model: nn.Module, args: Any) -> None:
     for leaves in handle._leaves():
         # On a GPU the full comparison would cost launches in each step: there, in training, only
         # what a version counter shows is looked at.
-        leaves.reconcile(thorough=not (model.training and leaves.on_gpu))
+        leaves.reconcile(thorough=not (model.training and leaves.on_gpu), strict=True)
     if not handle._watched and torch.is_grad_enabled() and not _has_compiled_parts(model):
         _watch_forward(model, handle)
 
@@ -317,27 +317,6 @@ def _has_compiled_parts(model: nn.Module) -> bool:
         module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
         for module in model.modules()
     )
-
-
-def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    """After any optimizer's step the weights follow the leaves that it holds."""
-    if not _handles or getattr(optimizer, "writes_weights_of_leaves", False):
-        return
-    held = {id(param) for group in optimizer.param_groups for param in group["params"]}
-    for handle in list(_handles):
-        if any(id(leaf) in held for leaf in handle.parameters()):
-            handle.sync()
-
-
-@functools.cache  # once, and not before anything is attached: every optimizer's step pays for it
-def _watch_steps() -> None:
-    register_optimizer_step_post_hook(_after_step)
-
-
-def _watch(handle: Handle) -> None:
-    """Let this handle's weights follow its leaves after each optimizer step."""
-    _watch_steps()
-    _handles.add(handle)
 
 
 def _check_model(model: nn.Module) -> None:

@@ -33,9 +33,9 @@ LAYERS = [
 ]
 # Inside a package, where there is an order; what is not named comes last.
 INNER_LAYERS = {
-    "scoring": [{"estimate", "baselines"}, {"passes"}, {"accumulator"}],
+    "scoring": [{"estimate", "baselines", "rescoring"}, {"passes"}, {"accumulator"}],
     "selection": [{"select"}, {"masks"}],
-    "training": [{"train_only"}, {"alias", "watch"}],
+    "training": [{"train_only"}, {"alias", "steps", "watch"}],
 }
 # The two consumers of interception do not know each other.
 STRANGERS = [({"scoring"}, {"training", "optim"})]

@@ -74,13 +74,32 @@ def test_a_failing_attachment_leaves_no_trace(monkeypatch):
     assert attached(model) is None
 
 
-def test_an_optimizer_of_removed_leaves_is_refused():
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW, FishSparseAdamW])
+def test_any_optimizer_of_removed_leaves_is_refused(make):
     model = nn.Linear(4, 4)
     mask = SparseMask({"weight": torch.tensor([2, 9])}, {"weight": (4, 4)})
     handle = train_only(model, mask, unlisted="freeze")
-    optimizer = FishSparseAdamW(model.named_parameters(), mask=mask)
+    optimizer = make(handle.parameters(), lr=0.1)
     model(torch.randn(1, 4)).sum().backward()
     optimizer.step()
     handle.remove()
     with pytest.raises(RuntimeError, match="train_only was removed"):
         optimizer.step()
+    other = make(model.parameters(), lr=0.1)  # one of the model's own trains on
+    model(torch.randn(1, 4)).sum().backward()
+    other.step()
+
+
+def test_scoring_in_between_does_not_remove_leaves():
+    model = nn.Linear(4, 4)
+    mask = SparseMask({"weight": torch.tensor([2, 9])}, {"weight": (4, 4)})
+    handle = train_only(model, mask, unlisted="freeze")
+    optimizer = torch.optim.SGD(handle.parameters(), lr=0.1)
+    batch = (torch.randn(3, 4), torch.randn(3, 4))
+    fishkern.estimate_fisher(
+        model, [batch], loss_fn=lambda m, b: (m(b[0]) - b[1]).square().sum(1), progress=False
+    )
+    before = weights(model)
+    model(torch.randn(1, 4)).sum().backward()
+    optimizer.step()
+    assert distance(weights(model), before) > 0

@@ -1,0 +1,123 @@
+"""What train_only has to do around the steps of whichever optimizer holds its leaves."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+import zlib
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim.optimizer import (
+    Optimizer,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+from fishkern.training import leaves
+
+
+class Followed(Protocol):
+    """A handle, as far as steps concern it."""
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The leaves, by their names."""
+        ...
+
+    def sync(self) -> None:
+        """Bring leaves and weights together."""
+        ...
+
+
+_followed: weakref.WeakSet[Any] = weakref.WeakSet()
+_uncompared: weakref.WeakSet[Any] = weakref.WeakSet()  # whose gradients no rank has compared yet
+
+
+def follow(handle: Followed) -> None:
+    """Let this handle's weights follow its leaves after each optimizer's step."""
+    _register_hooks()
+    _followed.add(handle)
+    _uncompared.add(handle)
+
+
+def forget(handle: Followed) -> None:
+    """Nothing is done any more after steps."""
+    _followed.discard(handle)
+    _uncompared.discard(handle)
+
+
+@functools.cache  # once, and not before anything is attached: every optimizer's step pays for it
+def _register_hooks() -> None:
+    register_optimizer_step_pre_hook(_before_step)
+    register_optimizer_step_post_hook(_after_step)
+
+
+def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Refuse leaves that train nothing, and gradients that the ranks do not share."""
+    if torch.compiler.is_compiling():
+        return
+    if leaves.any_removed():
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                leaves.home_of(param)  # refuses those
+    for handle in [handle for handle in _uncompared if _holds(optimizer, handle)]:
+        if compare_ranks(dict(handle.named_parameters())):
+            _uncompared.discard(handle)
+
+
+def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """After any optimizer's step the weights follow the leaves that it holds."""
+    if getattr(optimizer, "writes_weights_of_leaves", False):
+        return
+    for handle in [handle for handle in _followed if _holds(optimizer, handle)]:
+        handle.sync()
+
+
+def _holds(optimizer: Optimizer, handle: Followed) -> bool:
+    held = {id(param) for group in optimizer.param_groups for param in group["params"]}
+    return any(id(leaf) in held for _, leaf in handle.named_parameters())
+
+
+def compare_ranks(named: dict[str, nn.Parameter]) -> bool:
+    """Whether all ranks that train the same leaves have the same gradients; True if it is settled.
+
+    It is not where all gradients are zero, as in the first step that a checkpoint library makes.
+
+    Raises:
+        RuntimeError: They have other gradients: their weights would drift apart.
+    """
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return True
+    if any(hasattr(leaf, "placements") for leaf in named.values()):
+        return True  # sharded: each rank has other entries
+    what = zlib.crc32(repr([(name, leaf.numel()) for name, leaf in named.items()]).encode())
+    device = next(iter(named.values())).device
+    own = torch.stack([torch.tensor(what, device=device), _hash(named.values(), device)])
+    others = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(others, own)
+    alike = [(rank, value) for rank, (kind, value) in enumerate(map(Tensor.tolist, others))
+             if kind == what]  # fmt: skip
+    first, value = alike[0]
+    if odd := [rank for rank, other in alike if other != value]:
+        raise RuntimeError(
+            f"the gradients of the selected entries on rank {odd[0]} are not those on rank "
+            f"{first}, so that their weights would drift apart: call train_only before the model "
+            f"is wrapped by DistributedDataParallel, which then averages them, and make every "
+            f"backward of the first step pass through the wrapper"
+        )
+    return any(other for _, other in alike)
+
+
+def _hash(params: Any, device: torch.device) -> Tensor:
+    """0-d int64: the bits of the gradients in their order; 0 if all are zero or missing."""
+    total = torch.zeros((), dtype=torch.int64, device=device)
+    for param in params:
+        total = total * 31
+        if param.grad is not None:
+            bits = param.grad.contiguous().view(torch.int32).long()
+            places = torch.arange(1, len(bits) + 1, device=bits.device)
+            total = total + (bits * places).sum().to(device)
+    return total
