@@ -7,21 +7,21 @@ import numbers
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from fishkern.batches.labels import Draws
 from fishkern.batches.losses import LossFn, default_loss
-from fishkern.batches.samples import can_slice, cut_batches, pick
+from fishkern.batches.samples import cut_batches
 from fishkern.functional import topk_indices
-from fishkern.names import Patterns
-from fishkern.scoring.estimate import scored, unwrap
+from fishkern.names import Patterns, match
+from fishkern.scoring.estimate import check_labels, scored, unwrap
 from fishkern.scoring.passes import Scoring
-from fishkern.scoring.sample_scores import SampleScores
-from fishkern.scoring.square_cache import SquareCache, split
-from fishkern.scoring.verification import require_finite
+from fishkern.scoring.rescoring import Rescoring, Sums
+from fishkern.scoring.square_cache import SquareCache
 from fishkern.selection.masks import SparseMask
 from fishkern.selection.select import select
 
@@ -70,6 +70,9 @@ def select_ird(
     shrink_parameters: float | None = None,
     loss_fn: LossFn | None = None,
     params: Patterns | Callable[[str, nn.Parameter], bool] | None = None,
+    keep: Patterns = (),
+    labels: str = "empirical",
+    generator: torch.Generator | None = None,
     evaluate: Callable[[Tensor, SparseMask], float] | None = None,
     cache_bytes: int = 2**30,
     verify: int = 2,
@@ -78,7 +81,7 @@ def select_ird(
 ) -> IRDResult:
     """Choose samples and parameters together by Iterative Range Decreasing (IRD).
 
-    With ``g[n, i]`` the gradient of sample n's own loss (at the data's labels) for entry i, a round
+    With ``g[n, i]`` the gradient of sample n's own loss (at its ``labels``) for entry i, a round
     keeps those current samples, and those current entries, that have the most Fisher information
     over what the other range still holds::
 
@@ -113,6 +116,11 @@ def select_ird(
         shrink_parameters: The same of the parameters.
         loss_fn: As for ``estimate_fisher``.
         params: The candidates, as for ``estimate_fisher``.
+        keep: Globs of parameters to train whole, as for ``select``: neither scored nor counted in
+            k, but whole in every mask.
+        labels: As for ``estimate_fisher``. "sampled" draws one label for each sample, once for all
+            rounds; with "expected" ``g^2`` is the exact expectation.
+        generator: For drawn labels, as for ``estimate_fisher``.
         evaluate: ``evaluate(samples, mask) -> float``, larger being better, asked of every pair in
             the trace once all are known. Then the best pair is the result (of equal ones the
             last), even if it is larger than the targets: return ``-inf`` for what is no choice.
@@ -154,10 +162,15 @@ def select_ird(
     _check(model, density, num_samples, rounds, first, cache_bytes, verify, evaluate)
     _check_share("shrink_samples", shrink_samples)
     _check_share("shrink_parameters", shrink_parameters)
+    check_labels(labels, loss_fn, generator)
     model = unwrap(model)
     with ExitStack() as stack:
         candidates = stack.enter_context(scored(model, params))
-        everything = _everything(candidates, score_device)
+        kept = set(match(candidates, keep, "keep"))
+        ranked = {name: param for name, param in candidates.items() if name not in kept}
+        if not ranked:
+            raise ValueError(f"keep is {keep!r}, which leaves no candidate to rank: keep fewer")
+        everything = _everything(ranked, score_device)
         total = everything.num_selected
         k = round(float(density) * total)
         if k < 1:
@@ -165,18 +178,19 @@ def select_ird(
                 f"density is {density}, which leaves none of {total:,} candidates: raise it"
             )
         cache = SquareCache(everything, cache_bytes)
-        losses = loss_fn or default_loss(model)
-        scoring = Scoring(model, candidates, losses, score_device)
+        draws = Draws(generator) if labels == "sampled" else None
+        losses = loss_fn or default_loss(model, labels, draws)
+        scoring = Scoring(model, ranked, losses, score_device, labels)
         bar = stack.enter_context(tqdm(desc="IRD", unit="sample", disable=not progress))
         batches = cut_batches(samples, None, model, loss_fn is None)
-        passes = _Passes(scoring, verify, bar)
+        passes = Rescoring(scoring, verify, bar)
         passes.run(batches, cache, everything)
         found = scoring.num_samples
         if num_samples > found:
             raise ValueError(
                 f"num_samples is {num_samples}, but samples holds {found}: choose no more"
             )
-        source: _Sums = cache if cache.complete else passes
+        source: Sums = cache if cache.complete else passes
         if cache.complete:
             passes.batches.clear()
         trace = [IRDStep(0, torch.arange(found), everything)]
@@ -196,117 +210,23 @@ def select_ird(
                     continue
                 trace.append(IRDStep(r, chosen, mask))
         routes = scoring.routes()
+        if kept:
+            whole = _everything(candidates, score_device)
+            trace = [step._replace(mask=_joined(whole, step.mask)) for step in trace]
     if evaluate is not None:
         trace = [step._replace(value=_value(evaluate, step)) for step in trace]
     best = _best(trace)
     return IRDResult(best.mask, best.samples, tuple(trace), routes, cache.complete)
 
 
-class _Sums(Protocol):
-    """Sums over the current samples and entries, and how these become fewer."""
-
-    def sums_by_sample(self) -> Tensor:
-        """``[n]``: each sample's squares, summed over the current entries."""
-
-    def sums_by_entry(self) -> dict[str, Tensor]:
-        """``[k_i]`` by name: each entry's squares, summed over the current samples."""
-
-    def keep_samples(self, kept: Tensor) -> None:
-        """Only these positions, ascending, among the current samples."""
-
-    def keep_entries(self, kept: SparseMask, mask: SparseMask) -> None:
-        """Only these positions among the current entries, those of ``mask`` in the parameters."""
-
-
-class _Passes:
-    """Scoring passes over what is left.
-
-    A pass yields both sums. Those of the samples stay true until entries are dropped, those of the
-    entries until samples are.
-    """
-
-    def __init__(self, scoring: Scoring, verify: int, bar: Any) -> None:
-        self.batches: list[tuple[Any, int]] = []
-        self._scoring, self._verify, self._bar = scoring, verify, bar
-        self._mask: SparseMask
-        self._by_sample: Tensor | None = None  # unknown
-        self._entries_known = False  # they are in scoring.scores
-
-    def run(
-        self,
-        batches: Iterable[tuple[Any, int | None]],
-        by_sample: SampleScores,
-        mask: SparseMask,
-    ) -> None:
-        """Score these batches and hold them; the sums by sample are over the mask."""
-        self._scoring.restart(by_sample)
-        held = []
-        for batch, size in batches:
-            found = self._scoring.add_verified(batch, size, self._verify)
-            self._bar.update(found)
-            held += [(batch, found)] if found else []
-        if not held:
-            raise ValueError("samples is empty: pass at least one batch")
-        self.batches, self._mask = held, mask
-        self._bar.total = self._bar.n
-        self._bar.refresh()
-        require_finite(self._scoring.scores)
-        self._by_sample, self._entries_known = by_sample.result(), True
-
-    def _run_again(self) -> None:
-        self._bar.total += sum(size for _, size in self.batches)
-        self.run(self.batches, SampleScores(self._mask), self._mask)
-
-    def sums_by_sample(self) -> Tensor:
-        """See ``_Sums``."""
-        if self._by_sample is None:
-            self._run_again()
-        assert self._by_sample is not None
-        return self._by_sample
-
-    def sums_by_entry(self) -> dict[str, Tensor]:
-        """See ``_Sums``."""
-        if not self._entries_known:
-            self._run_again()
-        scores = self._scoring.scores
-        return {name: scores[name].flatten()[i.long()] for name, i in self._mask.items()}
-
-    def keep_samples(self, kept: Tensor) -> None:
-        """See ``_Sums``."""
-        assert self._by_sample is not None  # they have just been asked for
-        parts = split(kept, [size for _, size in self.batches])
-        self.batches = [
-            (_picked(batch, part, size), len(part))
-            for (batch, size), part in zip(self.batches, parts, strict=True)
-            if len(part)
-        ]
-        self._by_sample, self._entries_known = self._by_sample[kept], False
-
-    def keep_entries(self, kept: SparseMask, mask: SparseMask) -> None:
-        """See ``_Sums``."""
-        self._by_sample, self._mask = None, mask
-
-
-def _picked(batch: Any, chosen: Tensor, size: int) -> Any:
-    if len(chosen) == size:
-        return batch
-    if not can_slice(batch):
-        raise ValueError(
-            f"the squares of all samples do not fit into cache_bytes, and samples cannot be cut "
-            f"out of a {type(batch).__name__} to score them again: raise cache_bytes, or pass "
-            f"mappings of tensors"
-        )
-    return pick(batch, chosen.tolist(), size)
-
-
-def _keep_samples(source: _Sums, count: int) -> Tensor:
+def _keep_samples(source: Sums, count: int) -> Tensor:
     """Keep the best samples; their positions among those before."""
     kept = topk_indices([source.sums_by_sample()], count)[0].cpu()
     source.keep_samples(kept)
     return kept
 
 
-def _keep_entries(source: _Sums, count: int, mask: SparseMask) -> SparseMask:
+def _keep_entries(source: Sums, count: int, mask: SparseMask) -> SparseMask:
     """Keep the best of the mask's entries; the mask that is left."""
     kept = select(source.sums_by_entry(), k=count)
     indices = {name: index[kept[name].long().to(index.device)] for name, index in mask.items()}
@@ -321,6 +241,11 @@ def _everything(candidates: Mapping[str, nn.Parameter], score_device: Any) -> Sp
         for name, param in candidates.items()
     }
     return SparseMask(indices, {name: param.shape for name, param in candidates.items()})
+
+
+def _joined(whole: SparseMask, mask: SparseMask) -> SparseMask:
+    """All of ``whole``, but of what ``mask`` names only its entries."""
+    return SparseMask({name: mask.get(name, index) for name, index in whole.items()}, whole.shapes)
 
 
 def _left(start: int, target: int, share: float | None, r: int, rounds: int) -> int:

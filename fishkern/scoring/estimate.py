@@ -112,7 +112,7 @@ def estimate_fisher(
         >>> fisher["weight"].shape, fisher.num_samples, fisher.routes["weight"]
         (torch.Size([2, 3]), 8, 'fused')
     """
-    _check_labels(labels, loss_fn, generator)
+    check_labels(labels, loss_fn, generator)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}: pass an nn.Module")
     samples.check_num_samples(num_samples)
@@ -168,7 +168,8 @@ def unwrap(model: nn.Module) -> nn.Module:
         model = inner
 
 
-def _check_labels(labels: str, loss_fn: LossFn | None, generator: Any) -> None:
+def check_labels(labels: str, loss_fn: LossFn | None, generator: Any) -> None:
+    """Refuse labels that there are not: see ``estimate_fisher``."""
     if labels not in LABELS:
         raise ValueError(f"labels is {labels!r}: choose one of {', '.join(LABELS)}")
     if loss_fn is not None and labels != "empirical":
