@@ -1,8 +1,9 @@
 """PEFT: trained base weights as an adapter that stock PEFT loads, and Fisher masks for its SHiRA.
 
-SHiRA and Super-Tuning add sparse values to the weights of linear layers, and have as many in each
-layer as their configuration says: SHiRA ``r * (in + out)``, Super-Tuning a share of its weights. A
-layer that changed in fewer places is filled up with zeros.
+SHiRA and Super-Tuning add sparse values to the weights of linear layers, as many in each layer as
+their configuration says: SHiRA ``r * (in + out)``, Super-Tuning a share of its weights. Where fewer
+changed, zeros fill it up. Fisher masks are far denser in some layers than in others, which would
+make that wasteful: the densest travel whole where the file is smaller for it.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ _PREFIX = "base_model.model."  # of every name in an adapter's file
 
 
 class Change(NamedTuple):
-    """What changed in the weight of a linear layer."""
+    """What changed in the weight [out, in] of a linear layer."""
 
-    shape: torch.Size
+    weight: Tensor  # as it is now
     places: Tensor  # [n] flat positions, ascending
     values: Tensor  # [n] float32, after minus before
 
@@ -55,10 +56,10 @@ def export_adapter(
     the weights of ``nn.Linear`` layers fit into such an adapter. Modules named in
     ``modules_to_save`` travel whole; a change anywhere else is refused, never dropped.
 
-    An entry takes 12 bytes with SHiRA and 8 with Super-Tuning, and all layers have as many, in
-    proportion, as the one that changed most: one that is far denser than the others is better
-    named in ``modules_to_save``. On bfloat16 weights Super-Tuning rounds the differences to
-    bfloat16 before it adds them, SHiRA only the sums.
+    An entry takes 12 bytes with SHiRA and 8 with Super-Tuning. All layers have as many entries, in
+    proportion, so layers that are far denser than the others travel whole too, where that makes the
+    file smaller. On bfloat16 weights Super-Tuning rounds the differences to bfloat16 before it adds
+    them, SHiRA only the sums.
 
     Args:
         model: The trained model, not a PEFT model; plain or with ``train_only`` attached.
@@ -69,8 +70,9 @@ def export_adapter(
             linear layers of which the bias changed.
 
     Raises:
-        ValueError: Something changed that the adapter cannot hold (the message names it); nothing
-            changed in a linear layer; the method is not known; the base does not fit.
+        ValueError: Something changed that the adapter cannot hold, or PEFT would not find (the
+            message names it); nothing changed in a linear layer; the method is not known; the
+            base does not fit.
         TypeError: The model is a PEFT model, whose adapter ``save_pretrained`` writes.
 
     Example:
@@ -87,23 +89,23 @@ def export_adapter(
     _check_model(model)
     if method not in _METHODS:
         raise ValueError(f"method is {method!r}: choose one of {', '.join(map(repr, _METHODS))}")
-    make_config, parts = _METHODS[method]
+    kind = _METHODS[method]()
     owners = _owners(model)
     saved = _modules_named(model, modules_to_save)
+    pairs = matched(model, base)
     changes: dict[str, Change] = {}
-    tensors: dict[str, Tensor] = {}
     misfits = []
-    for name, (before, after) in matched(model, base).items():
+    for name, (before, after) in pairs.items():
         index = differing(before, after)
         kinds = owners.get(name, [])
-        inside = name.startswith(tuple(module + "." for module in saved))
-        if inside and not (len(index) and len(kinds) > 1):
-            tensors[_PREFIX + name] = after
-        elif len(index) and not inside and kinds == [nn.Linear] and after.dim() == 2:
+        inside = name.startswith(_insides(saved))
+        if not len(index) or (inside and len(kinds) < 2):
+            continue
+        if kinds == [nn.Linear] and after.dim() == 2 and not inside:
             new, old = after.flatten()[index], before.to(after.device).flatten()[index]
             values = (new.double() - old.double()).float()
-            changes[name.removesuffix(".weight")] = Change(after.shape, index, values)
-        elif len(index):
+            changes[name.removesuffix(".weight")] = Change(after, index, values)
+        else:
             misfits.append(name)
     if misfits:
         raise ValueError(
@@ -116,16 +118,22 @@ def export_adapter(
             "no weight of a linear layer differs from the base: pass the base as it was before "
             "training, or use fishkern.save_delta and apply_delta"
         )
-    config = make_config(changes)
-    for name, change in changes.items():
-        for part, tensor in parts(config, change).items():
-            tensors[f"{_PREFIX}{name}.{part}"] = tensor
-    config.target_modules = "|".join(map(re.escape, changes))  # whole names, not ends of names
+    level, dense = _level(kind, changes)
+    saved += dense
+    tensors = {n: after for n, (_, after) in pairs.items() if n.startswith(_insides(saved))}
+    targets = [name for name in changes if name not in dense]
+    _check_apart(model, targets, saved)
+    for name in targets:
+        shape = changes[name].weight.shape
+        filled = _filled(changes[name], kind.room(shape, level))
+        tensors |= {f"{name}.{part}": tensor for part, tensor in kind.parts(shape, *filled).items()}
+    config = kind.config(level)
+    config.target_modules = "|".join(map(re.escape, targets))  # whole names, not ends of names
     config.modules_to_save = saved or None
     config.base_model_name_or_path = getattr(getattr(model, "config", None), "name_or_path", None)
     folder = Path(folder)
     config.save_pretrained(folder)
-    owned = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    owned = {_PREFIX + name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     save_file(owned, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
@@ -190,56 +198,112 @@ class _FisherMask:
         return mask.view(weight.shape)
 
 
-def _shira_config(changes: Mapping[str, Change]) -> Any:
-    """A configuration with room for every change: one r for all layers."""
-    r = max(math.ceil(len(change.places) / sum(change.shape)) for change in changes.values())
-    small = [n for n, change in changes.items() if r * sum(change.shape) > change.shape.numel()]
-    if small:
-        raise ValueError(
-            f"SHiRA takes one r for all layers, here {r}, for which {some(small)} "
-            f"{'are' if len(small) > 1 else 'is'} too small: name small layers in modules_to_save, "
-            f'or choose method="supertuning"'
-        )
-    # Not "random", so that loading draws no masks: those in the file take their place anyway.
-    return peft.ShiraConfig(r=r, mask_type="fishkern", inference_mode=True)
+class _Shira:
+    """``level``: the rank that a LoRA with as many entries would have."""
+
+    entry_bytes = 12
+
+    def needed(self, change: Change) -> float:
+        """The least level with room for a change."""
+        return math.ceil(len(change.places) / sum(change.weight.shape))
+
+    def room(self, shape: torch.Size, level: float) -> int:
+        """How many entries a layer has."""
+        return int(level) * sum(shape)
+
+    def config(self, level: float) -> Any:
+        """PEFT's. Its mask is not "random", so that loading draws none, only to replace it."""
+        return peft.ShiraConfig(r=int(level), mask_type="fishkern", inference_mode=True)
+
+    def parts(self, shape: torch.Size, places: Tensor, values: Tensor) -> dict[str, Tensor]:
+        """A layer's tensors in the file."""
+        rows_columns = torch.stack([places // shape[1], places % shape[1]])
+        return {"shira_weight": values, "shira_indices": rows_columns.int()}
 
 
-def _shira_parts(config: Any, change: Change) -> dict[str, Tensor]:
-    index, values = _filled(change, config.r * sum(change.shape))
-    rows, columns = index // change.shape[1], index % change.shape[1]
-    return {"shira_weight": values, "shira_indices": torch.stack([rows, columns]).int()}
+class _Supertuning:
+    """``level``: the share of a layer's weights."""
+
+    entry_bytes = 8
+
+    def __init__(self) -> None:
+        if not hasattr(peft, "SupertuningConfig"):
+            raise ValueError(
+                f'peft {peft.__version__} has no Super-Tuning: choose method="shira", or a newer '
+                f"peft"
+            )
+
+    def needed(self, change: Change) -> float:
+        """The least level with room for a change; half an entry more, as PEFT rounds down."""
+        return min((len(change.places) + 0.5) / change.weight.numel(), 1.0)
+
+    def room(self, shape: torch.Size, level: float) -> int:
+        """How many entries a layer has: PEFT's own arithmetic."""
+        return int(shape.numel() * (1 - (1 - level)))
+
+    def config(self, level: float) -> Any:
+        """PEFT's."""
+        return peft.SupertuningConfig(sparsity=1 - level, inference_mode=True)
+
+    def parts(self, shape: torch.Size, places: Tensor, values: Tensor) -> dict[str, Tensor]:
+        """A layer's tensors in the file."""
+        return {"supertuning_values": values, "supertuning_indices": places.int()}
 
 
-def _supertuning_config(changes: Mapping[str, Change]) -> Any:
-    """A configuration with room for every change: one share for all layers."""
-    if not hasattr(peft, "SupertuningConfig"):
-        raise ValueError(
-            f'peft {peft.__version__} has no Super-Tuning: choose method="shira", or a newer peft'
-        )
-    # Half an entry more: PEFT rounds the product down.
-    share = max((len(change.places) + 0.5) / change.shape.numel() for change in changes.values())
-    return peft.SupertuningConfig(sparsity=max(1 - share, 0.0), inference_mode=True)
-
-
-def _supertuning_parts(config: Any, change: Change) -> dict[str, Tensor]:
-    index, values = _filled(change, int(change.shape.numel() * (1 - config.sparsity)))
-    return {"supertuning_values": values, "supertuning_indices": index.int()}
-
-
-_METHODS: dict[str, tuple[Callable[..., Any], Callable[..., dict[str, Tensor]]]] = {
-    "shira": (_shira_config, _shira_parts),
-    "supertuning": (_supertuning_config, _supertuning_parts),
+_METHODS: dict[str, Callable[[], _Shira | _Supertuning]] = {
+    "shira": _Shira,
+    "supertuning": _Supertuning,
 }
+
+
+def _level(kind: _Shira | _Supertuning, changes: Mapping[str, Change]) -> tuple[float, list[str]]:
+    """The level that makes the smallest file, and the layers too dense for it, which go whole."""
+    choices = []
+    for level in sorted({kind.needed(change) for change in changes.values()}):
+        size, dense = 0, []
+        for name, change in changes.items():
+            weight, room = change.weight, kind.room(change.weight.shape, level)
+            if kind.needed(change) <= level and room <= weight.numel():
+                size += room * kind.entry_bytes
+            else:
+                size += weight.numel() * weight.element_size()
+                dense.append(name)
+        if len(dense) < len(changes):  # PEFT wants a layer to adapt
+            choices.append((size, level, dense))
+    if not choices:
+        raise ValueError(
+            f"{some(changes)} changed, too small a layer for SHiRA: use fishkern.save_delta and "
+            f'apply_delta, or method="supertuning"'
+        )
+    _, level, dense = min(choices)
+    return level, dense
+
+
+def _check_apart(model: nn.Module, targets: list[str], saved: list[str]) -> None:
+    """PEFT finds the modules to save by the ends of names; no layer to adapt may be among them."""
+    names = [canonical_name(name) for name, _ in model.named_modules()]
+    for module in saved:
+        taken = [name for name in names if name.endswith(module)]
+        if clash := [t for t in targets if t in taken or t.startswith(_insides(taken))]:
+            raise ValueError(
+                f"PEFT would take {some(clash)} for {module!r}, which travels whole, since it "
+                f"compares the ends of names: use fishkern.save_delta and apply_delta"
+            )
 
 
 def _filled(change: Change, count: int) -> tuple[Tensor, Tensor]:
     """Exactly ``count`` positions, ascending, and values: zeros at the first ones that are free."""
-    _, index, values = change
-    free = torch.ones(change.shape.numel(), dtype=torch.bool, device=index.device)
-    free[index] = False
-    more = free.nonzero().flatten()[: count - len(index)]
-    index, order = torch.cat([index, more]).sort()
-    return index, torch.cat([values, values.new_zeros(len(more))])[order]
+    weight, places, values = change
+    free = torch.ones(weight.numel(), dtype=torch.bool, device=weight.device)
+    free[places] = False
+    more = free.nonzero().flatten()[: count - len(places)]
+    places, order = torch.cat([places, more]).sort()
+    return places, torch.cat([values, values.new_zeros(len(more))])[order]
+
+
+def _insides(modules: list[str]) -> tuple[str, ...]:
+    """What the names of the modules' parameters start with."""
+    return tuple(name + "." for name in modules)
 
 
 def _check_model(model: nn.Module) -> None:
@@ -265,4 +329,4 @@ def _modules_named(model: nn.Module, patterns: str | Iterable[str]) -> list[str]
     """The modules that patterns match, without those inside of others of them."""
     names = [canonical_name(name) for name, _ in model.named_modules() if name]
     found = match(names, patterns, "modules_to_save")
-    return [n for n in found if not n.startswith(tuple(outer + "." for outer in found))]
+    return [name for name in found if not name.startswith(_insides(found))]

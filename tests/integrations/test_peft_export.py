@@ -149,7 +149,7 @@ def test_what_has_no_place_is_refused_by_name(tmp_path, method, model, changed, 
 
 def test_shira_has_one_r_for_all_layers(tmp_path):
     base = bert()
-    model = trained(base)
+    model = trained(base, names=("query", "key"))
     export_adapter(model, tmp_path, base=base)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     tensors = load_file(tmp_path / "adapter_model.safetensors")
@@ -158,37 +158,61 @@ def test_shira_has_one_r_for_all_layers(tmp_path):
         for n, p in model.named_parameters()
         if not torch.equal(p, base.get_parameter(n))
     }
-    r = max(-(-k // sum(base.get_parameter(n).shape)) for n, k in changes.items())
-    assert config["r"] == r
+    assert len(set(changes.values())) > 1
+    assert config["modules_to_save"] is None
+    assert config["r"] == max(-(-k // 32) for k in changes.values())
+    assert len(tensors) == 2 * len(changes)
     for name, k in changes.items():
         layer = "base_model.model." + name.removesuffix(".weight")
         weight, index = tensors[f"{layer}.shira_weight"], tensors[f"{layer}.shira_indices"].long()
-        shape = base.get_parameter(name).shape
-        assert len(weight) == index.shape[1] == r * sum(shape)
-        flat = index[0] * shape[1] + index[1]
+        assert len(weight) == index.shape[1] == config["r"] * 32
+        flat = index[0] * 16 + index[1]
         assert torch.equal(flat, flat.unique())  # a mask: ascending, none twice
         assert int(weight.count_nonzero()) == k
 
 
-def test_a_layer_too_small_for_the_others_r_is_refused(tmp_path):
+@pytest.mark.parametrize("method", METHODS)
+def test_layers_far_denser_than_the_others_travel_whole(tmp_path, method):
     base = bert()
-    model = edited(base, f"{LAYER}.output.dense.weight", "classifier.weight")
-    with pytest.raises(ValueError, match=r"'classifier' is too small: .*modules_to_save"):
-        export_adapter(model, tmp_path, base=base)
-    export_adapter(model, tmp_path, base=base, modules_to_save="classifier")
-
-
-@needs_supertuning
-def test_supertuning_has_one_share_for_all_layers(tmp_path):
-    base = bert()
-    model = edited(base, f"{LAYER}.output.dense.weight", "classifier.weight")
-    export_adapter(model, tmp_path, base=base, method="supertuning")
+    dense = f"{LAYER}.output.dense"
+    model = edited(base, f"{dense}.weight")  # a third of it
+    with torch.no_grad():
+        for layer in model.bert.encoder.layer:
+            layer.attention.self.query.weight.view(-1)[::50] += 1
+            layer.attention.self.value.weight.view(-1)[::60] += 1
+    export_adapter(model, tmp_path, base=base, method=method)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    assert config["modules_to_save"] == [dense]
+    assert tensors[f"base_model.model.{dense}.weight"].shape == (16, 32)
+    assert tensors[f"base_model.model.{dense}.bias"].shape == (16,)
     loads(tmp_path, base, model)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_entry_of_a_layer(tmp_path, method):
     model = copy.deepcopy(base := bert())
     with torch.no_grad():
-        model.classifier.weight.add_(1)  # every entry of it
-    export_adapter(model, tmp_path, base=base, method="supertuning")
+        model.bert.pooler.dense.weight.neg_()
+    export_adapter(model, tmp_path, base=base, method=method)
     loads(tmp_path, base, model)
+
+
+def test_a_layer_too_small_for_shira(tmp_path):
+    base = nn.Sequential(nn.Linear(6, 1))
+    model = edited(base, "0.weight")
+    with pytest.raises(ValueError, match=r"'0' changed, too small .* or method=\"supertuning\""):
+        export_adapter(model, tmp_path, base=base)
+
+
+@pytest.mark.parametrize("other", ["10", "1.0"])
+def test_a_layer_that_peft_would_take_for_another(tmp_path, other):
+    base = nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8)))
+    base.add_module("10", nn.Linear(8, 8))
+    model = edited(base, "0.weight", f"{other}.weight")
+    with pytest.raises(ValueError, match=f"PEFT would take '{other}' for '0', which travels whole"):
+        export_adapter(model, tmp_path, base=base, modules_to_save="0")
+    assert list(tmp_path.iterdir()) == []
 
 
 @needs_supertuning
