@@ -98,8 +98,9 @@ def test_loaded_is_unbroken(make_optimizer, kind, precision, tmp_path):
     check_resumed(make_optimizer, kind, tmp_path, mixed_precision=precision)
 
 
-def test_loaded_is_unbroken_in_bfloat16(tmp_path):
-    check_resumed(dense, "bf16", tmp_path)
+@pytest.mark.parametrize("make_optimizer", [dense, on_leaves])
+def test_loaded_is_unbroken_in_bfloat16(make_optimizer, tmp_path):
+    check_resumed(make_optimizer, "bf16", tmp_path)
 
 
 @pytest.mark.parametrize("make_optimizer", [dense, on_leaves])

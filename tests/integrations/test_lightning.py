@@ -105,8 +105,9 @@ def test_resumed_is_unbroken_under_autocast(way, tmp_path):
     check_resumed("base", way, tmp_path, precision="bf16-mixed")
 
 
-def test_resumed_is_unbroken_in_bfloat16(tmp_path):
-    check_resumed("bf16", "dense", tmp_path, precision="bf16-true")
+@pytest.mark.parametrize("way", ["dense", "leaves"])
+def test_resumed_is_unbroken_in_bfloat16(way, tmp_path):
+    check_resumed("bf16", way, tmp_path, precision="bf16-true")
 
 
 @pytest.mark.parametrize("way", WAYS)
