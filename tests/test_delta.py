@@ -5,8 +5,10 @@ import copy
 import peft
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 import fishkern
 from fishkern import files
@@ -93,9 +95,7 @@ def test_no_bits_are_lost_where_values_are_odd(path):
         base.weight.copy_(torch.tensor([[0.0, float("nan"), 1e8, 1.0], [2.0, 1e-40, 3.0, -0.0]]))
     model = copy.deepcopy(base)
     with torch.no_grad():
-        model.weight[0, 0] = -0.0
-        model.weight[0, 1] = 1.0
-        model.weight[0, 2] = 1e-8
+        model.weight[0, :3] = torch.tensor([-0.0, 1.0, 1e-8])
         model.weight[1, 1] = float("inf")
     before, after = snapshot(base), snapshot(model)
     fishkern.save_delta(model, path, base=base)
@@ -109,9 +109,9 @@ def test_no_bits_are_lost_where_values_are_odd(path):
 
 
 def test_a_head_made_anew_is_replaced(path):
-    model, mask = bert(), None
-    base, mask = snapshot(model), random_mask(model)
-    attached_run(model, mask)
+    model = bert()
+    base = snapshot(model)
+    attached_run(model, random_mask(model))
     fishkern.save_delta(model, path, base=base)
     other = bert()
     nn.init.normal_(other.classifier.weight)
@@ -134,16 +134,11 @@ def test_a_tensor_may_travel_whole_though_little_changed(path):
 
 
 def test_statistics_travel_and_other_buffers_need_not_match(path):
-    def make():
-        torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
-
-    model = make()
-    base = snapshot(model)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    other, base = copy.deepcopy(model), snapshot(model)
     model(torch.randn(8, 3))
     assert not same_bits(model, base)
     fishkern.save_delta(model, path, base=base)
-    other = make()
     fishkern.apply_delta(other, path)
     assert same_bits(other, model.state_dict())
     fishkern.revert_delta(other, path)
@@ -379,6 +374,18 @@ def test_save_refuses(path, model, kwargs, message):
     with pytest.raises(ValueError, match=message):
         fishkern.save_delta(model(), path, **kwargs)
     assert not path.exists()
+
+
+def test_sharded_weights_are_refused(path):
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = nn.Linear(4, 4)
+        base = snapshot(model)
+        fully_shard(model, mesh=dist.init_device_mesh("cpu", (1,)))
+        with pytest.raises(ValueError, match=r"'weight' is sharded \(DTensor\)"):
+            fishkern.save_delta(model, path, base=base)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_base_that_is_the_model_itself_is_refused(path):
