@@ -24,7 +24,8 @@ def loops():
     return README.partition(LOOPS)[2].partition("\n### ")[0]
 
 
-def test_snippets_run():
+def test_snippets_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where they write
     alone = snippets(README.replace(loops(), ""))
     assert alone
     for snippet in alone:
