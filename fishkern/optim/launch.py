@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from fishkern import _ops
+from fishkern.optim.cohorts import COHORTS, Sorting
 from fishkern.training import leaves
 
 State = MutableMapping[Tensor, dict[str, Any]]
@@ -54,6 +55,7 @@ class Batch:
     params: list[Tensor] = field(default_factory=list)
     targets: list[Tensor] = field(default_factory=list)
     masters: list[Tensor] = field(default_factory=list)  # empty, or one for each parameter
+    sorting: Sorting | None = None  # of entries with several step counts, after set_mask
     indices: list[Tensor] = field(default_factory=list)
     shapes: list[torch.Size | None] = field(default_factory=list)
     layout: tuple[Tensor, Tensor] | None = None  # None: for leaves and shards, which take lists
@@ -98,12 +100,13 @@ class Launch:
     some: list[int] | None
 
 
-def make_plan(params: Sequence[Tensor], indices: Sequence[Tensor | None]) -> Plan:
+def make_plan(params: Sequence[Tensor], indices: Sequence[Tensor | None], state: State) -> Plan:
     """Sort a group's parameters into batches.
 
     Args:
         params: The group's parameters.
         indices: For each the positions to train; None: all.
+        state: Tells which parameters have entries with several step counts.
     """
     batches: dict[Any, Batch] = {}
     every: dict[torch.device, Tensor] = {}  # the op's sign for "every entry", once per device
@@ -111,7 +114,8 @@ def make_plan(params: Sequence[Tensor], indices: Sequence[Tensor | None]) -> Pla
         device, sharded = param.device, is_sharded(param)
         home = None if sharded else leaves.home_of(param)
         wide = index is not None and index.dtype == torch.int64  # packed indices are of one dtype
-        key = (device, sharded, leaves.wide_dtype(param), home is None, wide)
+        several = COHORTS in state.get(param, ())
+        key = (device, sharded, leaves.wide_dtype(param), home is None, wide, several)
         batch = batches.setdefault(key, Batch(device, sharded))
         nothing = every.setdefault(device, torch.empty(0, dtype=torch.int32, device=device))
         batch.params.append(param)
@@ -124,8 +128,10 @@ def make_plan(params: Sequence[Tensor], indices: Sequence[Tensor | None]) -> Pla
             batch.targets.append(param)
             batch.indices.append(nothing if index is None else index.to(device))
     for batch in batches.values():
+        if COHORTS in state.get(batch.params[0], ()):
+            _sort(batch, state)
         # Leaves keep their own memory: they are parameters, which others may exchange.
-        if not batch.sharded and not batch.masters:
+        elif not batch.sharded and not batch.masters:
             _lay_out(batch)
     return Plan(list(params), list(batches.values()), leaves.generation())
 
@@ -147,7 +153,9 @@ def gather(batch: Batch, state: State, group: dict[str, Any]) -> Launch | None:
         some = [i for i, grad in enumerate(grads) if grad is not None]
         if not some:
             return None
-        grads, states = [grads[i] for i in some], [states[i] for i in some]
+        grads = [grads[i] for i in some]
+        if batch.sorting is None:  # else the states are sorted, and put back, as a whole
+            states = [states[i] for i in some]
     if [grad.layout for grad in grads].count(torch.strided) != len(grads):
         odd = next(grad for grad in grads if grad.layout is not torch.strided)
         raise RuntimeError(
@@ -199,7 +207,9 @@ def run(
         None if grad_scale is None else grad_scale.to(batch.device),
         None if found_inf is None else found_inf.to(batch.device),
     )
-    if launch.some is None and batch.layout is not None:
+    if batch.sorting is not None:
+        _run_sorted(launch, batch.sorting, group["amsgrad"], options)
+    elif launch.some is None and batch.layout is not None:
         _run_packed(launch, group["amsgrad"], options)
     else:
         _run_lists(launch, group["amsgrad"], options)
@@ -253,6 +263,42 @@ def _run_lists(launch: Launch, amsgrad: bool, options: tuple[Any, ...]) -> None:
         torch._foreach_sub_(counts, [(found_inf != 0).to(counts[0])] * len(counts))
 
 
+def _run_sorted(launch: Launch, sorting: Sorting, amsgrad: bool, options: tuple[Any, ...]) -> None:
+    """One call for several step counts: a list entry for each, all entries sorted by them."""
+    batch, found_inf = launch.batch, options[-1]
+    kinds = ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if amsgrad else [])]
+    moments, steps = [_packed(launch, kind) for kind in kinds], _packed(launch, "step")
+    some = range(len(batch.params)) if launch.some is None else launch.some
+    grads = dict(zip(some, launch.grads, strict=True))
+    chosen = [j for j, owner in enumerate(sorting.owners) if owner in grads]
+    owners = [sorting.owners[j] for j in chosen]
+    sorted_moments = [sorting.sort(tensor) for tensor in moments]
+    masters, sorted_grads = [], [grads[i] for i in owners]
+    if batch.masters:  # leaves, whose gradients are of the entries alone
+        masters = sorting.sort(torch.cat(batch.masters))
+        every = [grads.get(i, leaf) for i, leaf in enumerate(batch.masters)]
+        parts = sorting.sort(torch.cat(every))
+        sorted_grads = [parts[j] for j in chosen]
+    lists = [sorting.indices, *sorted_moments, *([] if amsgrad else [[]]), masters]
+    raised = torch.zeros_like(steps)
+    raised[chosen] = 1
+    op = _ops.masked_adamw_
+    if torch.compiler.is_compiling():
+        op = torch.ops.fishkern.masked_adamw_
+    op(
+        [batch.targets[i] for i in owners],
+        sorted_grads,
+        *([parts[j] for j in chosen] if parts else [] for parts in lists),
+        (steps + 1)[chosen],
+        *options,
+    )
+    steps.add_(raised if found_inf is None else raised * (found_inf == 0).to(raised))
+    for tensor, parts in zip(moments, sorted_moments, strict=True):
+        sorting.restore(tensor, parts)
+    if masters:
+        torch._foreach_copy_(batch.masters, sorting.by_param(masters))
+
+
 def _chosen(launch: Launch, tensors: list[Tensor]) -> list[Tensor]:
     """Those of the batch's tensors that the launch is for."""
     some = launch.some
@@ -287,6 +333,17 @@ def _lay_out(batch: Batch) -> None:
     parts = iter(indices.split([index.numel() for index in stored]))
     batch.indices = [next(parts) if index.numel() else index for index in batch.indices]
     batch.layout = (offsets, indices)
+
+
+def _sort(batch: Batch, state: State) -> None:
+    """For the op the entries stand together by their step counts."""
+    positions = [
+        index
+        if index.numel()
+        else torch.arange(param.numel(), dtype=torch.int32, device=batch.device)
+        for param, index in zip(batch.params, batch.indices, strict=True)
+    ]
+    batch.sorting = Sorting(positions, [state[param][COHORTS] for param in batch.params])
 
 
 def _lr(batch: Batch, lr: float | Tensor) -> Tensor:
@@ -360,6 +417,25 @@ def _build_states(batch: Batch, state: State, group: dict[str, Any]) -> list[Any
             )
         state[param] = entry
     return [state.get(param) for param in batch.params]
+
+
+def check_leaves_on(plans: Sequence[Plan]) -> None:
+    """Refuse a step in which no leaf can be trained, though there are leaves.
+
+    Raises:
+        RuntimeError: Says how many there are, and who freezes leaves.
+    """
+    held = [
+        leaf for plan in plans for batch in plan.batches if batch.masters for leaf in batch.params
+    ]
+    if held and not any(leaf.requires_grad for leaf in held):
+        raise RuntimeError(
+            f"all {len(held)} leaves of train_only are frozen (requires_grad=False), so that this "
+            f"step would train no selected entry: PEFT's set_adapter, disable_adapter and "
+            f"load_adapter freeze the adapters that they switch off, and requires_grad_(False) on "
+            f"a module freezes its leaves; call model.set_adapter(name) with the adapter of the "
+            f"mask, or requires_grad_(True) on handle.parameters()"
+        )
 
 
 def is_sharded(tensor: Tensor) -> bool:

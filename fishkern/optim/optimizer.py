@@ -22,8 +22,9 @@ from fishkern.optim.checkpoint import (
     unpack_masks,
     unpack_state,
 )
-from fishkern.optim.launch import Plan, gather, is_sharded, make_plan, run, scaling
+from fishkern.optim.launch import Plan, check_leaves_on, gather, is_sharded, make_plan, run, scaling
 from fishkern.optim.masters import add_masters, restore_masters, saved_masters
+from fishkern.optim.remasking import check_leaves, check_new_mask, exchange_leaves, remasked
 from fishkern.optim.roles import (
     UNLISTED,
     admit,
@@ -192,6 +193,65 @@ class FishSparseAdamW(torch.optim.Optimizer):
         """What is trained; from the first step on its indices are beside the parameters."""
         return self._mask
 
+    @torch.no_grad()
+    def set_mask(self, new_mask: SparseMask) -> None:
+        """Train other entries from now on: call it between two steps.
+
+        Entries that stay keep their moments and their number of steps; new ones start from zero
+        with a count of their own; the state of those that leave is freed, and they keep their
+        value. Where a parameter's entries have several counts, its ``step`` is ``[c]``, and
+        ``cohorts`` ``[k]`` says which count is an entry's. An equal mask changes nothing.
+
+        Args:
+            new_mask: What to train, of the same parameters.
+
+        Raises:
+            TypeError: It is not a SparseMask.
+            ValueError: It does not fit the parameters; the optimizer has no mask, or trains leaves
+                of ``train_only`` (``handle.set_mask`` then). Nothing is changed.
+
+        Example:
+            >>> import torch, fishkern
+            >>> model = torch.nn.Linear(3, 2, bias=False)
+            >>> first = fishkern.SparseMask({"weight": torch.tensor([1, 5])}, {"weight": (2, 3)})
+            >>> second = fishkern.SparseMask({"weight": torch.tensor([1, 4])}, {"weight": (2, 3)})
+            >>> optimizer = FishSparseAdamW(model.named_parameters(), mask=first)
+            >>> model(torch.ones(1, 3)).sum().backward()
+            >>> optimizer.step()
+            >>> optimizer.set_mask(second)
+            >>> optimizer.step()
+            >>> optimizer.state[model.weight]["step"].tolist()  # of entry 4, of entry 1
+            [1.0, 2.0]
+        """
+        own = check_new_mask(new_mask, self._mask, self.param_groups, self.state)
+        if new_mask == own:
+            return
+        states = remasked(self.param_groups, self.state, own, new_mask, self._unlisted)
+        self.state.update(states)
+        self._follow(new_mask)
+
+    def check_leaves(self, new_mask: SparseMask, mask: SparseMask, held: list[Tensor]) -> None:
+        """Refuse what ``exchange_leaves`` could not do; for ``handle.set_mask``.
+
+        Raises:
+            TypeError: The new mask is none.
+            ValueError: This optimizer does not train the leaves ``held``, which have ``mask``.
+        """
+        own = check_new_mask(new_mask, self._mask, self.param_groups, self.state)
+        check_leaves(self.param_groups, own, new_mask, mask, held)
+
+    @torch.no_grad()
+    def exchange_leaves(self, new_mask: SparseMask, named: dict[str, Tensor]) -> None:
+        """Train a model's new leaves in the place of its old ones; for ``handle.set_mask``."""
+        assert self._mask is not None
+        exchange_leaves(self.param_groups, self.state, self._mask, new_mask, named)
+        self._owners = group_owners(self.param_groups)
+        self._follow(new_mask)
+
+    def _follow(self, mask: SparseMask) -> None:
+        self._mask, self._mask_is_computed = mask, False
+        self._plans.clear()  # and with them the packed state of what has left
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as in torch; names and mask are checked before anything changes.
 
@@ -236,8 +296,8 @@ class FishSparseAdamW(torch.optim.Optimizer):
 
         Raises:
             ValueError: The mask has an entry that no parameter answers to.
-            RuntimeError: A gradient is sparse, a state lacks something, or a GradScaler has
-                checked no gradient.
+            RuntimeError: A gradient is sparse, a state lacks something, a GradScaler has checked no
+                gradient, or every leaf of ``train_only`` is frozen.
         """
         self._accelerator_graph_capture_health_check()
         plans = [self._plan(i, group) for i, group in enumerate(self.param_groups)]
@@ -256,6 +316,8 @@ class FishSparseAdamW(torch.optim.Optimizer):
                 for batch in plan.batches
                 if (launch := gather(batch, self.state, group)) is not None
             ]
+            if len(launches) < sum(len(plan.batches) for plan in plans):
+                check_leaves_on(plans)
             for launch, group in launches:
                 run(launch, group, *amp)
         return loss
@@ -271,7 +333,7 @@ class FishSparseAdamW(torch.optim.Optimizer):
             for old, new in zip(plan.params, group["params"], strict=True):
                 if old.shape == new.shape and old in self.state and not self.state.get(new):
                     self.state[new] = self.state.pop(old)
-        plan = self._plans[i] = make_plan(group["params"], indices)
+        plan = self._plans[i] = make_plan(group["params"], indices, self.state)
         if self._mask is not None:
             # The plan's indices lie packed: held by the mask too, they are held once.
             held = {
