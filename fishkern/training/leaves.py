@@ -20,6 +20,11 @@ SETTLED = "_settled"
 #: Where each leaf's values belong, for the optimizer's kernel: leaf -> (its module, local name).
 _homes: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
+SHARDED = (
+    "fully_shard was called on a model that train_only is attached to, but weights do not follow "
+    "sharded leaves: train with DistributedDataParallel"
+)
+
 #: Leaves that were detached, as long as somebody keeps them.
 _removed: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
@@ -55,6 +60,11 @@ def home_of(leaf: Tensor) -> Home | None:
         )
     owner = leaves()
     return None if owner is None else owner.home(name)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor; asked by attribute, since importing DTensor takes long."""
+    return hasattr(tensor, "placements")
 
 
 def any_removed() -> bool:
@@ -134,11 +144,13 @@ class Leaves(nn.Module):
             strict: Refuse weights that were resized, which otherwise are left alone.
 
         Raises:
-            RuntimeError: A weight has another shape.
+            RuntimeError: A weight has another shape, or was sharded.
         """
         for name, leaf, weight, indices in self.items():
             if not isinstance(weight, nn.Parameter) or not isinstance(leaf, nn.Parameter):
                 continue  # lent to the module for one call, by torch.func.functional_call
+            if is_sharded(leaf) or is_sharded(weight):
+                raise RuntimeError(SHARDED)
             if weight.shape != self._shapes[name]:
                 if strict:
                     raise RuntimeError(

@@ -87,12 +87,13 @@ def compare_ranks(named: dict[str, nn.Parameter]) -> bool:
     It is not where all gradients are zero, as in the first step that a checkpoint library makes.
 
     Raises:
-        RuntimeError: They have other gradients: their weights would drift apart.
+        RuntimeError: They have other gradients: their weights would drift apart. Or the leaves are
+            sharded.
     """
+    if any(map(leaves.is_sharded, named.values())):
+        raise RuntimeError(leaves.SHARDED)
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return True
-    if any(hasattr(leaf, "placements") for leaf in named.values()):
-        return True  # sharded: each rank has other entries
     what = zlib.crc32(repr([(name, leaf.numel()) for name, leaf in named.items()]).encode())
     device = next(iter(named.values())).device
     own = torch.stack([torch.tensor(what, device=device), _hash(named.values(), device)])

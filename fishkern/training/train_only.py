@@ -13,7 +13,7 @@ from fishkern.interception import exchange_class, original_class, rule_for
 from fishkern.names import named_parameters, suggest
 from fishkern.selection.masks import SparseMask
 from fishkern.training.alias import is_traced, owner_members
-from fishkern.training.leaves import CHILD, Leaves, gather, wide_dtype
+from fishkern.training.leaves import CHILD, SHARDED, Leaves, gather, is_sharded, wide_dtype
 from fishkern.training.steps import follow, forget
 from fishkern.training.watch import Watch
 
@@ -201,7 +201,7 @@ class Handle:
                 if not isinstance(weight, nn.Parameter):
                     continue  # lent by torch.func.functional_call
                 weights[name] = weight
-                if leaf.requires_grad and not hasattr(leaf, "placements"):  # sharded: by a copy
+                if leaf.requires_grad and not is_sharded(leaf):
                     trained[name] = leaf
         return weights, trained
 
@@ -242,6 +242,8 @@ class Handle:
             if name in self._mask and len(self._mask[name]):
                 owners.setdefault(module, []).append((local, name))
         leaves: dict[str, nn.Parameter] = {}
+        if stashed is None:
+            self._watched = False
         for module, entries in owners.items():
             if stashed is not None:
                 child = stashed[module]
@@ -287,6 +289,8 @@ def _before_forward(model: nn.Module, args: Any) -> None:
     handle: Handle | None = model.__dict__.get(_ATTACHMENT)
     if handle is None:
         return
+    if hasattr(model, "set_requires_gradient_sync"):  # FSDP2 has gathered it for this forward
+        raise RuntimeError(SHARDED)
     handle._freeze()
     for leaves in handle._leaves():
         # On a GPU the full comparison would cost launches in each step: there, in training, only
@@ -355,5 +359,7 @@ def _check_mask(params: dict[str, nn.Parameter], mask: SparseMask) -> None:
                 f"{name!r} has dtype {param.dtype}: quantised and integer weights cannot be "
                 f"trained; leave them out of the mask"
             )
-        if hasattr(param, "placements"):
-            raise ValueError(f"{name!r} is sharded (DTensor): attach before fully_shard")
+        if is_sharded(param):
+            raise ValueError(
+                f"{name!r} is sharded (DTensor): train_only takes whole tensors; train with DDP"
+            )
