@@ -14,6 +14,7 @@ from fishkern.names import named_parameters, suggest
 from fishkern.selection.masks import SparseMask
 from fishkern.training.alias import is_traced, owner_members
 from fishkern.training.leaves import CHILD, SHARDED, Leaves, gather, is_sharded, wide_dtype
+from fishkern.training.remasking import carry_over
 from fishkern.training.steps import follow, forget
 from fishkern.training.watch import Watch
 
@@ -150,6 +151,65 @@ class Handle:
             for a, b, c, d in rows
         )
 
+    @torch.no_grad()
+    def set_mask(self, new_mask: SparseMask, optimizer: Any) -> None:
+        """Train other entries from now on: call it between a step and the next forward.
+
+        The leaves are made anew. Entries that stay keep their float32 values, moments and numbers
+        of steps; new ones start from the weights' values; those that leave stay in the weights,
+        rounded. A tensor that the new mask does not name has no selected entries. Whoever else
+        holds the old leaves has to be built anew: DDP, averages (EMA, SWA), schedules of one's own.
+
+        Args:
+            new_mask: What to train.
+            optimizer: The ``FishSparseAdamW`` that holds the leaves. In any other the moments would
+                silently go to other entries.
+
+        Raises:
+            TypeError: Another optimizer, or no mask.
+            ValueError: The mask does not fit the model, or the optimizer not the leaves. Nothing is
+                changed.
+            RuntimeError: The handle was removed.
+
+        Example:
+            >>> import torch, fishkern
+            >>> model = torch.nn.Linear(3, 2, bias=False)
+            >>> first = fishkern.SparseMask({"weight": torch.tensor([1, 5])}, {"weight": (2, 3)})
+            >>> second = fishkern.SparseMask({"weight": torch.tensor([4])}, {"weight": (2, 3)})
+            >>> handle = fishkern.train_only(model, first)
+            >>> optimizer = fishkern.FishSparseAdamW(model.named_parameters(), mask=first)
+            >>> handle.set_mask(second, optimizer)
+            >>> [(name, p.numel()) for name, p in handle.named_parameters()]
+            [('fishkern_leaves.weight', 1)]
+        """
+        if not hasattr(optimizer, "exchange_leaves"):
+            raise TypeError(
+                f"the optimizer is a {type(optimizer).__name__}, whose moments would go to other "
+                f"entries: train with fishkern.FishSparseAdamW (pass what a wrapper holds), or "
+                f"call handle.remove(), train_only with the new mask, and build the optimizer anew"
+            )
+        if attached(self._model) is not self:
+            raise RuntimeError("train_only was removed from the model: call train_only again")
+        params = named_parameters(self._model)
+        _check_mask({n: p for n, p in params.items() if CHILD not in n.split(".")}, new_mask)
+        if whole := sorted(self._keep_trainable & {n for n in new_mask if len(new_mask[n])}):
+            raise ValueError(
+                f'{whole[0]!r} is trained whole (unlisted="train"): leave it out of the new mask'
+            )
+        old = self._all_leaves()
+        optimizer.check_leaves(new_mask, self._mask, list(old.values()))
+        if new_mask == self._mask:
+            return
+        self.sync()
+        before = self._mask
+        for leaves in self._detach().values():
+            leaves.unregister()
+        self._mask = new_mask
+        self._attach()
+        carry_over(self._all_leaves(), old, new_mask, before)
+        self.sync()
+        optimizer.exchange_leaves(new_mask, named_parameters(self._model))
+
     def remove(self) -> None:
         """Synchronise, then leave the model as it was, with the trained weights in it."""
         if not any(True for _ in self._leaves()):
@@ -190,6 +250,15 @@ class Handle:
         for module in {module: None for module, _, _ in self._dense}:
             if isinstance(child := module._modules.get(CHILD), Leaves):
                 yield child
+
+    def _all_leaves(self) -> dict[str, nn.Parameter]:
+        """The leaves by the names of their weights."""
+        return {
+            name: leaf
+            for module, local, name in self._dense
+            if isinstance(child := module._modules.get(CHILD), Leaves)
+            and (leaf := child._parameters.get(local)) is not None
+        }
 
     def _weights_and_leaves(self) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
         """The dense weights with leaves, and the leaves that are trained, by the weights' names."""
