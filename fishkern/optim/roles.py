@@ -179,8 +179,7 @@ def check_unsharded(name: str, param: Tensor) -> None:
     if hasattr(param, "to_local"):
         raise ValueError(
             f"{name} is sharded (a DTensor), but its mask has positions in the whole parameter: "
-            f"call fishkern.train_only before fully_shard, which then shards its leaves, or train "
-            f"with DDP"
+            f"train with DistributedDataParallel, or without a mask"
         )
 
 
