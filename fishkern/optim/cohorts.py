@@ -8,6 +8,7 @@ The op takes one list entry per cohort: all entries of a batch are sorted by coh
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -27,35 +28,39 @@ class Sorting:
 
     Attributes:
         owners: For each cohort the number of its parameter in the batch.
-        indices: For each cohort the positions of its entries in the parameter.
+        sizes: For each how many entries it has.
+        order: For each entry, cohort by cohort, its place in the packed state.
+        indices: For each entry, cohort by cohort, its position in its parameter.
     """
 
     def __init__(self, positions: Sequence[Tensor], cohorts: Sequence[Tensor]) -> None:
-        self._lengths = [len(index) for index in positions]
-        orders, self.owners, self._sizes = [], [], []
-        begin = 0
+        self.owners: list[int] = []
+        self.sizes: list[int] = []
+        orders, begin = [], 0
         for i, cohort in enumerate(cohorts):
             orders.append(torch.argsort(cohort, stable=True) + begin)
             sizes = torch.bincount(cohort).tolist()
             self.owners += [i] * len(sizes)
-            self._sizes += sizes
+            self.sizes += sizes
             begin += len(cohort)
-        self._order = torch.cat(orders)
-        self.indices = self.sort(torch.cat(list(positions)))
+        self.order = torch.cat(orders)
+        self.indices = torch.cat(list(positions))[self.order]
+        self.offsets = _offsets(self.sizes)
 
-    def sort(self, tensor: Tensor) -> list[Tensor]:
-        """Each cohort's part of a tensor with one value for each entry of the batch."""
-        return list(tensor.view(-1)[self._order].split(self._sizes))
+    def only(self, chosen: Sequence[int]) -> Sorting:
+        """The same of some of the cohorts."""
+        part = object.__new__(Sorting)
+        part.owners = [self.owners[j] for j in chosen]
+        part.sizes = [self.sizes[j] for j in chosen]
+        orders, indices = self.order.split(self.sizes), self.indices.split(self.sizes)
+        part.order = torch.cat([orders[j] for j in chosen])
+        part.indices = torch.cat([indices[j] for j in chosen])
+        part.offsets = _offsets(part.sizes)
+        return part
 
-    def restore(self, tensor: Tensor, parts: Sequence[Tensor]) -> None:
-        """Write back what ``sort`` gave."""
-        tensor.view(-1)[self._order] = torch.cat(list(parts))
 
-    def by_param(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        """What ``sort`` gave, each parameter's part."""
-        tensor = torch.empty_like(self._order, dtype=parts[0].dtype)
-        self.restore(tensor, parts)
-        return list(tensor.split(self._lengths))
+def _offsets(sizes: Sequence[int]) -> Tensor:
+    return torch.tensor([0, *accumulate(sizes)], dtype=torch.int64, device="cpu")
 
 
 def transfer(entry: dict[str, Any], old: Tensor, new: Tensor) -> dict[str, Any]:

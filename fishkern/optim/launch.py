@@ -264,39 +264,39 @@ def _run_lists(launch: Launch, amsgrad: bool, options: tuple[Any, ...]) -> None:
 
 
 def _run_sorted(launch: Launch, sorting: Sorting, amsgrad: bool, options: tuple[Any, ...]) -> None:
-    """One call for several step counts: a list entry for each, all entries sorted by them."""
-    batch, found_inf = launch.batch, options[-1]
+    """One call for several step counts: all entries sorted by them, and put back."""
+    batch, steps = launch.batch, _packed(launch, "step")
     kinds = ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if amsgrad else [])]
-    moments, steps = [_packed(launch, kind) for kind in kinds], _packed(launch, "step")
-    some = range(len(batch.params)) if launch.some is None else launch.some
-    grads = dict(zip(some, launch.grads, strict=True))
-    chosen = [j for j, owner in enumerate(sorting.owners) if owner in grads]
-    owners = [sorting.owners[j] for j in chosen]
-    sorted_moments = [sorting.sort(tensor) for tensor in moments]
-    masters, sorted_grads = [], [grads[i] for i in owners]
+    states = [_packed(launch, kind) for kind in kinds]
+    counts, chosen = steps, None
+    by_param: Sequence[Any] = launch.grads
+    if launch.some is not None:
+        there = dict(zip(launch.some, launch.grads, strict=True))
+        by_param = [there.get(i) for i in range(len(batch.params))]
+        chosen = [j for j, owner in enumerate(sorting.owners) if owner in there]
+        sorting, counts = sorting.only(chosen), steps[chosen]
     if batch.masters:  # leaves, whose gradients are of the entries alone
-        masters = sorting.sort(torch.cat(batch.masters))
-        every = [grads.get(i, leaf) for i, leaf in enumerate(batch.masters)]
-        parts = sorting.sort(torch.cat(every))
-        sorted_grads = [parts[j] for j in chosen]
-    lists = [sorting.indices, *sorted_moments, *([] if amsgrad else [[]]), masters]
-    raised = torch.zeros_like(steps)
-    raised[chosen] = 1
-    op = _ops.masked_adamw_
+        states.append(torch.cat(batch.masters))
+        every = [m if g is None else g for g, m in zip(by_param, batch.masters, strict=True)]
+        grads = list(torch.cat(every)[sorting.order].split(sorting.sizes))
+    else:
+        grads = [by_param[i] for i in sorting.owners]
+    values = [tensor[sorting.order] for tensor in states]
+    op = _ops.masked_adamw_packed_
     if torch.compiler.is_compiling():
-        op = torch.ops.fishkern.masked_adamw_
+        op = torch.ops.fishkern.masked_adamw_packed_
     op(
-        [batch.targets[i] for i in owners],
-        sorted_grads,
-        *([parts[j] for j in chosen] if parts else [] for parts in lists),
-        (steps + 1)[chosen],
+        *([batch.targets[i] for i in sorting.owners], grads, sorting.offsets, sorting.indices),
+        *(values[0], values[1], values[2] if amsgrad else None),
+        *(values[-1] if batch.masters else None, counts),
         *options,
     )
-    steps.add_(raised if found_inf is None else raised * (found_inf == 0).to(raised))
-    for tensor, parts in zip(moments, sorted_moments, strict=True):
-        sorting.restore(tensor, parts)
-    if masters:
-        torch._foreach_copy_(batch.masters, sorting.by_param(masters))
+    if chosen is not None:
+        steps[chosen] = counts
+    for tensor, value in zip(states, values, strict=True):
+        tensor[sorting.order] = value
+    if batch.masters:
+        torch._foreach_copy_(batch.masters, states[-1].split([m.numel() for m in batch.masters]))
 
 
 def _chosen(launch: Launch, tensors: list[Tensor]) -> list[Tensor]:
