@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -16,6 +17,7 @@ from fishkern.batches import samples
 from fishkern.batches.losses import LossFn, default_loss
 from fishkern.names import match, named_parameters
 from fishkern.optim import FishSparseAdamW
+from fishkern.optim.checkpoint import unpack_masks
 from fishkern.scoring.diagonal import FisherDiagonal
 from fishkern.scoring.estimate import estimate_fisher
 from fishkern.scoring.preserve import (
@@ -27,7 +29,7 @@ from fishkern.scoring.preserve import (
 from fishkern.selection.masks import SparseMask
 from fishkern.selection.ranking import SCOPES
 from fishkern.selection.select import select as select_entries
-from fishkern.training.train_only import attached
+from fishkern.training.train_only import Handle, attached
 from fishkern.training.train_only import train_only as attach
 
 __all__ = ["create_fish_optimizer"]
@@ -40,6 +42,25 @@ class _FishOptimizer(FishSparseAdamW):
     """FishSparseAdamW with the scores that its mask was chosen by."""
 
     fisher: FisherDiagonal
+    _handle: Handle | None = None  # of train_only, where it was attached here
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a checkpoint, whose mask takes the computed one's place, in ``train_only`` too.
+
+        Raises:
+            RuntimeError: The leaves would have to change, but other ranks are at work: DDP holds
+                the ones there are.
+        """
+        saved = unpack_masks(state_dict["param_groups"])
+        if self._handle is not None and self._mask_is_computed and saved not in (None, self.mask):
+            if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+                raise RuntimeError(
+                    "the checkpoint's mask is another than the one computed now, and DDP holds the "
+                    "leaves of the latter: call fishkern.train_only(model, the checkpoint's mask) "
+                    "before DDP, or resume with FishTrainer, which does"
+                )
+            self._handle.set_mask(saved, self)
+        super().load_state_dict(state_dict)
 
 
 def create_fish_optimizer(
@@ -136,6 +157,7 @@ def create_fish_optimizer(
         before.put()
         raise
     optimizer._mask_is_computed = True
+    optimizer._handle = handle
     optimizer.fisher = choice.fisher
     return optimizer
 

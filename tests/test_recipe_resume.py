@@ -1,0 +1,58 @@
+"""An optimizer of ``create_fish_optimizer`` goes on with its checkpoint's mask, not its own."""
+
+import copy
+
+import pytest
+import torch
+
+import fishkern
+from tests.test_recipe import Net, batches, create, loss_fn
+
+
+def train(model, optimizer, data):
+    model.eval()  # no running statistics
+    for batch in data:
+        optimizer.zero_grad()
+        loss_fn(model, batch).mean().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("train_only", [False, True])
+def test_resumed_is_unbroken(train_only, dtype):
+    data = [(x.to(dtype), y) for x, y in batches()]
+    model = Net()
+    optimizer = create(model, train_only=train_only, lr=1e-2)
+    model.to(dtype)
+    train(model, optimizer, data[:2])
+    checkpoint = copy.deepcopy([model.state_dict(), optimizer.state_dict()])
+    train(model, optimizer, data[2:])
+
+    torch.manual_seed(7)
+    other = Net()
+    fresh = create(other, train_only=train_only, lr=1e-2)
+    other.to(dtype)
+    assert fresh.mask != optimizer.mask
+    other.load_state_dict(checkpoint[0])
+    fresh.load_state_dict(checkpoint[1])
+    assert fresh.mask == optimizer.mask
+    train(other, fresh, data[2:])
+    for (name, value), truth in zip(
+        other.state_dict().items(), model.state_dict().values(), strict=True
+    ):
+        assert torch.equal(value, truth), name
+
+
+def test_leaves_that_ddp_holds_are_not_exchanged(monkeypatch):
+    optimizer = create(Net(), train_only=True)
+    torch.manual_seed(7)
+    model = Net()
+    fresh = create(model, train_only=True)
+    mask = fresh.mask
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    with pytest.raises(RuntimeError, match=r"another than the one computed now.*FishTrainer"):
+        fresh.load_state_dict(optimizer.state_dict())
+    assert fresh.mask is mask
+    assert fishkern.attached(model).mask == mask
+    fresh.load_state_dict(fresh.state_dict())  # its own
