@@ -84,9 +84,10 @@ class FishTrainer(Trainer):  # type: ignore[misc]
         **kwargs: As for ``Trainer``.
 
     Raises:
-        ValueError: A ready optimizer was passed; FSDP or DeepSpeed is enabled; when training
-            starts, as from ``create_fish_optimizer``, or if the checkpoint has no mask, the
-            optimizer needs ``train_only``, or the dataset can be iterated only once.
+        ValueError: A ready optimizer was passed; FSDP, DeepSpeed or (with ``train_only``)
+            DataParallel is at work; when training starts, as from ``create_fish_optimizer``, or if
+            the checkpoint has no mask, the optimizer needs ``train_only``, or the dataset can be
+            iterated only once.
 
     Example:
         >>> import tempfile, torch
@@ -125,15 +126,18 @@ class FishTrainer(Trainer):  # type: ignore[misc]
                 f"optimizer for its mask: leave optimizers out (or only pass its scheduler), or "
                 f"use Trainer with a mask of your own"
             )
-        for name, enabled in (
-            ("FSDP", self.is_fsdp_enabled),
-            ("DeepSpeed", self.is_deepspeed_enabled),
-        ):
-            if enabled:
-                raise ValueError(
-                    f"{name} is enabled, which shards the parameters that a mask speaks of: use "
-                    f"DDP, or one device"
-                )
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            name = "FSDP" if self.is_fsdp_enabled else "DeepSpeed"
+            raise ValueError(
+                f"{name} is enabled, which shards the parameters that a mask speaks of: use DDP, "
+                f"or one device"
+            )
+        if train_only and self.args.n_gpu > 1:
+            raise ValueError(
+                f"train_only=True on {self.args.n_gpu} GPUs in one process, where Trainer uses "
+                f"DataParallel, whose copies of the model have no leaves: launch a process for "
+                f"each GPU (torchrun), or show this one a single GPU"
+            )
         self._choice: dict[str, Any] = {
             "density": density,
             "num_samples": num_samples,

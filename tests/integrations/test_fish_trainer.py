@@ -189,6 +189,26 @@ def test_a_ready_optimizer_is_refused(tmp_path):
         fish(model, arguments(tmp_path), optimizers=(ready, None))
 
 
+@pytest.mark.parametrize("name", ["FSDP", "DeepSpeed"])
+def test_sharded_training_is_refused(name, tmp_path, monkeypatch):
+    create = Trainer.create_accelerator_and_postprocess
+
+    def sharded(self):
+        create(self)
+        setattr(self, f"is_{name.lower()}_enabled", True)
+
+    monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", sharded)
+    with pytest.raises(ValueError, match=rf"{name} is enabled.*use DDP"):
+        fish(make_model("base"), arguments(tmp_path))
+
+
+def test_copies_of_leaves_are_refused(tmp_path):
+    args = arguments(tmp_path)
+    args._n_gpu = 2
+    with pytest.raises(ValueError, match=r"on 2 GPUs in one process.*torchrun"):
+        fish_leaves(make_model("base"), args)
+
+
 @pytest.mark.parametrize("how", ["optim", "class"])
 def test_an_optimizer_without_masks_needs_leaves(how, tmp_path):
     args = arguments(tmp_path, **({"optim": "sgd"} if how == "optim" else {}))
