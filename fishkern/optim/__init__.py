@@ -1,7 +1,9 @@
-"""FishSparseAdamW, in four files.
+"""FishSparseAdamW, file by file.
 
-``optimizer`` is the class; ``roles`` says what is trained of each parameter; ``launch`` goes from
-gradients and states to one call of the op; ``checkpoint`` is ``state_dict`` and back.
+``optimizer`` is the class, ``arguments`` what it is given; ``roles`` says what is trained of each
+parameter; ``launch`` gathers gradients and states for one call of the op, which ``calls`` makes;
+``checkpoint`` is ``state_dict`` and back, with the leaves' values in ``masters``; ``remasking`` is
+another mask in mid-training, ``cohorts`` the step counts that it makes.
 """
 
 from fishkern.optim.optimizer import FishSparseAdamW

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fishkern.optim.masters import MASTER
+from fishkern.optim.launch import is_sharded
+from fishkern.optim.masters import MASTER, add_masters
 from fishkern.optim.roles import (
     admit,
     check_answered,
@@ -32,6 +33,21 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 #: What a live group has for its checkpoint's mask. torch.distributed.checkpoint takes out of a
 #: flattened checkpoint only what the live groups have a key for.
 MASK_ELSEWHERE = "see optimizer.mask"
+
+
+def add_masks(optimizer: Any, state_dict: dict[str, Any]) -> None:
+    """Let the mask travel in a checkpoint's groups; the live ones only say that there is one."""
+    add_masters(state_dict, optimizer.param_groups)
+    if optimizer.mask is not None:
+        for group in state_dict["param_groups"]:
+            group["mask"] = pack_mask(optimizer.mask, group.get("param_names", ()))
+
+
+def apart(value: Any) -> Any:
+    """A view into something larger as a tensor of its own; everything else as it is."""
+    if isinstance(value, Tensor) and not is_sharded(value) and value._base is not None:
+        return value.clone()
+    return value
 
 
 def pack_mask(mask: SparseMask, names: Iterable[str]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""From parameter groups to calls of the op: what one step gathers, and in which order.
+"""From parameter groups to what one step hands to the op, and in which order.
 
 Little is kept between steps, and nothing that a framework may exchange unseen: gradients, states
 and their tensors are read anew each time. A plan holds what is costly to find out (roles, indices,
@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fishkern import _ops
 from fishkern.optim.cohorts import COHORTS, Sorting
 from fishkern.training import leaves
 
@@ -184,142 +183,6 @@ def _states(batch: Batch, state: State) -> list[dict[str, Any]] | None:
     return batch.states if len(batch.states) == len(states) else None
 
 
-def run(
-    launch: Launch, group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None
-) -> None:
-    """Call the op, which or around which the step counts are raised.
-
-    Args:
-        launch: What ``gather`` collected.
-        group: The options.
-        grad_scale: Gradients are divided by it first.
-        found_inf: Where not zero, nothing changes; None if that has been decided before.
-    """
-    batch = launch.batch
-    beta1, beta2 = group["betas"]
-    options = (
-        _lr(batch, group["lr"]),
-        float(beta1),
-        float(beta2),
-        group["eps"],
-        group["weight_decay"],
-        group["maximize"],
-        None if grad_scale is None else grad_scale.to(batch.device),
-        None if found_inf is None else found_inf.to(batch.device),
-    )
-    if batch.sorting is not None:
-        _run_sorted(launch, batch.sorting, group["amsgrad"], options)
-    elif launch.some is None and batch.layout is not None:
-        _run_packed(launch, group["amsgrad"], options)
-    else:
-        _run_lists(launch, group["amsgrad"], options)
-    if not torch.compiler.is_compiling():
-        # The op is called below autograd, which has to learn that saved weights have changed.
-        torch.autograd.graph.increment_version(_chosen(launch, batch.targets))
-        if batch.masters:
-            torch.autograd.graph.increment_version(_chosen(launch, batch.masters))
-
-
-def _run_packed(launch: Launch, amsgrad: bool, options: tuple[Any, ...]) -> None:
-    batch, steps = launch.batch, _packed(launch, "step")
-    exp_avg, exp_avg_sq = _packed(launch, "exp_avg"), _packed(launch, "exp_avg_sq")
-    op = _ops.masked_adamw_packed_
-    if torch.compiler.is_compiling():  # the dispatcher takes time: only where a compiler looks
-        op = torch.ops.fishkern.masked_adamw_packed_
-    assert batch.layout is not None
-    offsets, indices = batch.layout
-    maxima = _packed(launch, "max_exp_avg_sq") if amsgrad else None
-    op(
-        *(batch.targets, launch.grads, offsets, indices),
-        *(exp_avg, exp_avg_sq, maxima, None, steps),
-        *options,
-    )
-
-
-def _run_lists(launch: Launch, amsgrad: bool, options: tuple[Any, ...]) -> None:
-    batch, values = launch.batch, launch.values
-    lists: list[list[Any]] = [
-        _chosen(launch, batch.targets),
-        launch.grads,
-        _chosen(launch, batch.indices),
-        values["exp_avg"],
-        values["exp_avg_sq"],
-        values["max_exp_avg_sq"] if amsgrad else [],
-        _chosen(launch, batch.masters),
-    ]
-    if batch.sharded:
-        lists = [[t.to_local() if is_sharded(t) else t for t in tensors] for tensors in lists]
-    op = _ops.masked_adamw_
-    if torch.compiler.is_compiling():
-        op = torch.ops.fishkern.masked_adamw_
-    found_inf, counts = options[-1], values["step"]
-    torch._foreach_add_(counts, 1)
-    try:
-        op(*lists, torch.stack(counts), *options)
-    except BaseException:
-        torch._foreach_sub_(counts, 1)
-        raise
-    if found_inf is not None:
-        torch._foreach_sub_(counts, [(found_inf != 0).to(counts[0])] * len(counts))
-
-
-def _run_sorted(launch: Launch, sorting: Sorting, amsgrad: bool, options: tuple[Any, ...]) -> None:
-    """One call for several step counts: all entries sorted by them, and put back."""
-    batch, steps = launch.batch, _packed(launch, "step")
-    kinds = ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if amsgrad else [])]
-    states = [_packed(launch, kind) for kind in kinds]
-    counts, chosen = steps, None
-    by_param: Sequence[Any] = launch.grads
-    if launch.some is not None:
-        there = dict(zip(launch.some, launch.grads, strict=True))
-        by_param = [there.get(i) for i in range(len(batch.params))]
-        chosen = [j for j, owner in enumerate(sorting.owners) if owner in there]
-        sorting, counts = sorting.only(chosen), steps[chosen]
-    if batch.masters:  # leaves, whose gradients are of the entries alone
-        states.append(torch.cat(batch.masters))
-        every = [m if g is None else g for g, m in zip(by_param, batch.masters, strict=True)]
-        grads = list(torch.cat(every)[sorting.order].split(sorting.sizes))
-    else:
-        grads = [by_param[i] for i in sorting.owners]
-    values = [tensor[sorting.order] for tensor in states]
-    op = _ops.masked_adamw_packed_
-    if torch.compiler.is_compiling():
-        op = torch.ops.fishkern.masked_adamw_packed_
-    op(
-        *([batch.targets[i] for i in sorting.owners], grads, sorting.offsets, sorting.indices),
-        *(values[0], values[1], values[2] if amsgrad else None),
-        *(values[-1] if batch.masters else None, counts),
-        *options,
-    )
-    if chosen is not None:
-        steps[chosen] = counts
-    for tensor, value in zip(states, values, strict=True):
-        tensor[sorting.order] = value
-    if batch.masters:
-        torch._foreach_copy_(batch.masters, states[-1].split([m.numel() for m in batch.masters]))
-
-
-def _chosen(launch: Launch, tensors: list[Tensor]) -> list[Tensor]:
-    """Those of the batch's tensors that the launch is for."""
-    some = launch.some
-    return tensors if some is None or not tensors else [tensors[i] for i in some]
-
-
-def _packed(launch: Launch, key: str) -> Tensor:
-    """One kind of state of the whole batch in one tensor; packed now where it is not."""
-    values = launch.values[key]
-    held = launch.batch.packed.get(key)
-    if held is not None and held.holds(values):
-        return held.tensor
-    tensor = torch.cat([value.reshape(-1).to(values[0].device) for value in values])
-    parts = tensor.split([value.numel() for value in values])
-    views = [part.view(value.shape) for part, value in zip(parts, values, strict=True)]
-    for entry, view in zip(launch.states, views, strict=True):
-        entry[key] = view
-    launch.batch.packed[key] = Packed(tensor, views)
-    return tensor
-
-
 def _lay_out(batch: Batch) -> None:
     """Where each parameter's entries are in the packed state, and all indices in one tensor."""
     counts = [
@@ -344,14 +207,6 @@ def _sort(batch: Batch, state: State) -> None:
         for param, index in zip(batch.params, batch.indices, strict=True)
     ]
     batch.sorting = Sorting(positions, [state[param][COHORTS] for param in batch.params])
-
-
-def _lr(batch: Batch, lr: float | Tensor) -> Tensor:
-    if isinstance(lr, Tensor):
-        return lr
-    if batch.lr[0] != lr:
-        batch.lr = (lr, torch.tensor(lr, dtype=torch.float64, device="cpu"))
-    return batch.lr[1]
 
 
 def scaling(optimizer: torch.optim.Optimizer) -> tuple[Tensor | None, Tensor | None] | None:

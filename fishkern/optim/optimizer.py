@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections import defaultdict
 from collections.abc import Callable
 from itertools import chain
@@ -10,23 +9,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
+from fishkern.optim.arguments import as_groups, check_options, unwatched_step
+from fishkern.optim.calls import run
 from fishkern.optim.checkpoint import (
     MASK_ELSEWHERE,
+    add_masks,
     agree,
+    apart,
     check_groups,
     check_mask,
-    pack_mask,
     unpack_groups,
     unpack_masks,
     unpack_state,
 )
-from fishkern.optim.launch import Plan, check_leaves_on, gather, is_sharded, make_plan, run, scaling
-from fishkern.optim.masters import add_masters, restore_masters, saved_masters
+from fishkern.optim.launch import Plan, check_leaves_on, gather, make_plan, scaling
+from fishkern.optim.masters import restore_masters, saved_masters
 from fishkern.optim.remasking import check_leaves, check_new_mask, exchange_leaves, remasked
 from fishkern.optim.roles import (
-    UNLISTED,
     admit,
     check_answered,
     check_dense,
@@ -41,30 +41,6 @@ from fishkern.optim.roles import (
 from fishkern.selection.masks import SparseMask
 
 __all__ = ["FishSparseAdamW"]
-
-
-def _unwatched(step: Callable[..., Any]) -> Callable[..., Any]:
-    """``step`` as torch wraps every optimizer's, for its hooks and profiler, if there are any.
-
-    The wrapper takes as long as a small model's entries, so it is left out where it has nothing
-    to do. Torch wraps no step that says that it is ``hooked``.
-    """
-    watched = torch.optim.Optimizer.profile_hook_step(step)
-
-    @functools.wraps(step)
-    def unwatched(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
-        seen = (
-            self._optimizer_step_pre_hooks
-            or self._optimizer_step_post_hooks
-            or _global_optimizer_pre_hooks
-            or _global_optimizer_post_hooks
-            or torch.autograd.profiler._is_profiler_enabled
-            or torch.compiler.is_compiling()
-        )
-        return (watched if seen else step)(self, *args, **kwargs)
-
-    unwatched.hooked = True  # type: ignore[attr-defined]
-    return unwatched
 
 
 class FishSparseAdamW(torch.optim.Optimizer):
@@ -147,30 +123,22 @@ class FishSparseAdamW(torch.optim.Optimizer):
         state_dtype: torch.dtype = torch.float32,
         check_numerics: bool = False,
     ) -> None:
-        _check_options(mask, unlisted, differentiable, state_dtype, check_numerics)
+        check_options(mask, unlisted, differentiable, state_dtype, check_numerics)
         # AdamW itself checks its arguments, so that they are refused as in the installed torch.
         defaults = torch.optim.AdamW(
-            [torch.zeros(1)],
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            amsgrad,
-            maximize=maximize,
-            foreach=foreach,
-            capturable=capturable,
-            fused=fused,
+            *([torch.zeros(1)], lr, betas, eps, weight_decay, amsgrad),
+            **{"foreach": foreach, "fused": fused, "maximize": maximize, "capturable": capturable},
         ).defaults
         self._mask = mask
         self._unlisted = unlisted
         self._mask_is_computed = False  # then a checkpoint's mask takes its place
         self._plans: dict[int, Plan] = {}
-        groups = _as_groups(params)
+        groups = as_groups(params)
         # A leaf and its dense parameter may stand in different groups: look at all of them first.
         named = mask is not None and not isinstance(groups, Tensor)
         self._owners: set[str] = group_owners(groups) if named else set()
         super().__init__(groups, defaults)
-        self.register_state_dict_post_hook(_add_masks, prepend=True)
+        self.register_state_dict_post_hook(add_masks, prepend=True)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -260,7 +228,7 @@ class FishSparseAdamW(torch.optim.Optimizer):
         """
         group = param_group
         if isinstance(group, dict) and not isinstance(group["params"], set):
-            (group,) = _as_groups([group])
+            (group,) = as_groups([group])
             self._admit(group)
             group.pop("mask", None)  # of a group that was another optimizer's
             if self._mask is not None:
@@ -284,7 +252,7 @@ class FishSparseAdamW(torch.optim.Optimizer):
             if isinstance(param, Tensor) and param.requires_grad:
                 check_floating(names[i] if names else f"parameter {i}", param)
 
-    @_unwatched
+    @unwatched_step
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the selected entries of every parameter that has a gradient.
 
@@ -407,11 +375,11 @@ class FishSparseAdamW(torch.optim.Optimizer):
         state = super().__getstate__()
         # Pickled one by one, views would each carry the whole packed tensor.
         state["state"] = defaultdict(
-            dict, {p: {k: _apart(v) for k, v in e.items()} for p, e in state["state"].items()}
+            dict, {p: {k: apart(v) for k, v in e.items()} for p, e in state["state"].items()}
         )
         mask = self._mask
         if mask is not None:
-            mask = mask._with_indices({name: _apart(index) for name, index in mask.items()})
+            mask = mask._with_indices({name: apart(index) for name, index in mask.items()})
         return {**state, **own, "_mask": mask}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -423,60 +391,4 @@ class FishSparseAdamW(torch.optim.Optimizer):
                 group.setdefault(key, value)
             group["decoupled_weight_decay"] = True  # also if Adam has written the checkpoint
         if unpickled:
-            self.register_state_dict_post_hook(_add_masks, prepend=True)
-
-
-def _add_masks(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-    """Let the mask travel in a checkpoint's groups; the live ones only say that there is one."""
-    assert isinstance(optimizer, FishSparseAdamW)
-    add_masters(state_dict, optimizer.param_groups)
-    if optimizer.mask is not None:
-        for group in state_dict["param_groups"]:
-            group["mask"] = pack_mask(optimizer.mask, group.get("param_names", ()))
-
-
-def _apart(value: Any) -> Any:
-    """A view into something larger as a tensor of its own; everything else as it is."""
-    if isinstance(value, Tensor) and not is_sharded(value) and value._base is not None:
-        return value.clone()
-    return value
-
-
-def _as_groups(params: Any) -> Any:
-    """Parameters as copied groups with lists in them; what torch refuses is left for it."""
-    if isinstance(params, Tensor):
-        return params
-    groups = list(params)
-    if groups and not isinstance(groups[0], dict):
-        groups = [{"params": groups}]
-    return [_with_list(group) if isinstance(group, dict) else group for group in groups]
-
-
-def _with_list(group: dict[str, Any]) -> dict[str, Any]:
-    params = group["params"]
-    if not isinstance(params, set):
-        params = [params] if isinstance(params, Tensor) else list(params)
-    return {**group, "params": params}
-
-
-def _check_options(
-    mask: Any, unlisted: str, differentiable: bool, state_dtype: torch.dtype, check_numerics: bool
-) -> None:
-    if mask is not None and not isinstance(mask, SparseMask):
-        raise TypeError(
-            f"mask is a {type(mask).__name__}: pass a SparseMask, as fishkern.select returns it or "
-            f"as SparseMask(indices, shapes) makes it"
-        )
-    if unlisted not in UNLISTED:
-        raise ValueError(f"unlisted is {unlisted!r}: choose one of {', '.join(UNLISTED)}")
-    if differentiable:
-        raise ValueError(
-            "differentiable=True, but selected entries are updated in place: use "
-            "torch.optim.AdamW to differentiate through a step"
-        )
-    if state_dtype is not torch.float32:
-        raise ValueError(
-            f"state_dtype is {state_dtype}: only torch.float32 is available in this version"
-        )
-    if check_numerics:
-        raise ValueError("check_numerics=True is not available in this version: leave it out")
+            self.register_state_dict_post_hook(add_masks, prepend=True)

@@ -1,0 +1,84 @@
+"""What FishSparseAdamW is given, checked and put in order, and how torch wraps its step."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+
+from fishkern.optim.roles import UNLISTED
+from fishkern.selection.masks import SparseMask
+
+
+def unwatched_step(step: Callable[..., Any]) -> Callable[..., Any]:
+    """``step`` as torch wraps every optimizer's, for its hooks and profiler, if there are any.
+
+    The wrapper takes as long as a small model's entries, so it is left out where it has nothing
+    to do. Torch wraps no step that says that it is ``hooked``.
+    """
+    watched = torch.optim.Optimizer.profile_hook_step(step)
+
+    @functools.wraps(step)
+    def unwatched(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+        seen = (
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or _global_optimizer_pre_hooks
+            or _global_optimizer_post_hooks
+            or torch.autograd.profiler._is_profiler_enabled
+            or torch.compiler.is_compiling()
+        )
+        return (watched if seen else step)(self, *args, **kwargs)
+
+    unwatched.hooked = True  # type: ignore[attr-defined]
+    return unwatched
+
+
+def as_groups(params: Any) -> Any:
+    """Parameters as copied groups with lists in them; what torch refuses is left for it."""
+    if isinstance(params, Tensor):
+        return params
+    groups = list(params)
+    if groups and not isinstance(groups[0], dict):
+        groups = [{"params": groups}]
+    return [_with_list(group) if isinstance(group, dict) else group for group in groups]
+
+
+def _with_list(group: dict[str, Any]) -> dict[str, Any]:
+    params = group["params"]
+    if not isinstance(params, set):
+        params = [params] if isinstance(params, Tensor) else list(params)
+    return {**group, "params": params}
+
+
+def check_options(
+    mask: Any, unlisted: str, differentiable: bool, state_dtype: torch.dtype, check_numerics: bool
+) -> None:
+    """Refuse options that are wrong or not available.
+
+    Raises:
+        TypeError: ``mask`` is not a SparseMask.
+        ValueError: An option has no such value.
+    """
+    if mask is not None and not isinstance(mask, SparseMask):
+        raise TypeError(
+            f"mask is a {type(mask).__name__}: pass a SparseMask, as fishkern.select returns it or "
+            f"as SparseMask(indices, shapes) makes it"
+        )
+    if unlisted not in UNLISTED:
+        raise ValueError(f"unlisted is {unlisted!r}: choose one of {', '.join(UNLISTED)}")
+    if differentiable:
+        raise ValueError(
+            "differentiable=True, but selected entries are updated in place: use "
+            "torch.optim.AdamW to differentiate through a step"
+        )
+    if state_dtype is not torch.float32:
+        raise ValueError(
+            f"state_dtype is {state_dtype}: only torch.float32 is available in this version"
+        )
+    if check_numerics:
+        raise ValueError("check_numerics=True is not available in this version: leave it out")
