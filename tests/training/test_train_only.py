@@ -211,3 +211,20 @@ def test_attaching_twice_and_to_wrappers_is_refused():
         train_only(nn.Sequential(model), mask)
     with pytest.raises(ValueError, match="model inside first"):
         train_only(nn.DataParallel(nn.Sequential(nn.Linear(4, 4))), mask)
+
+
+def test_quantised_weights_are_refused_in_the_mask_and_left_alone_beside_it():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    quantised = torch.ones(4, 4, dtype=torch.int8)
+    model[0].weight = nn.Parameter(quantised, requires_grad=False)
+    model[0].forward = lambda x: x @ model[0].weight.to(x.dtype)
+    mask = SparseMask({"0.weight": torch.tensor([3])}, {"0.weight": (4, 4)})
+    with pytest.raises(ValueError, match=r"'0\.weight' has dtype torch\.int8.*leave them out"):
+        train_only(model, mask, unlisted="freeze")
+    mask = SparseMask({"1.weight": torch.tensor([3, 6])}, {"1.weight": (2, 4)})
+    handle = train_only(model, mask, unlisted="freeze")
+    optimizer = torch.optim.AdamW(handle.parameters())
+    model(torch.randn(3, 4)).sum().backward()
+    optimizer.step()
+    assert torch.equal(model[0]._parameters["weight"], quantised)
+    assert [leaf.grad.shape for leaf in handle.parameters()] == [(2,)]
