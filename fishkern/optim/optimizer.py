@@ -125,9 +125,9 @@ class FishSparseAdamW(torch.optim.Optimizer):
     ) -> None:
         check_options(mask, unlisted, differentiable, state_dtype, check_numerics)
         # AdamW itself checks its arguments, so that they are refused as in the installed torch.
+        flags: dict[str, Any] = {"maximize": maximize, "foreach": foreach, "fused": fused}
         defaults = torch.optim.AdamW(
-            *([torch.zeros(1)], lr, betas, eps, weight_decay, amsgrad),
-            **{"foreach": foreach, "fused": fused, "maximize": maximize, "capturable": capturable},
+            [torch.zeros(1)], lr, betas, eps, weight_decay, amsgrad, capturable=capturable, **flags
         ).defaults
         self._mask = mask
         self._unlisted = unlisted
