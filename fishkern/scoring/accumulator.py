@@ -287,6 +287,7 @@ class FisherAccumulator:
         self.head_rows.pop(name, None)
 
     def _completed(self, name: str, grad: Tensor | None) -> None:
+        self._differentiated()  # if this is no backward pass of ours
         if grad is not None:
             self._stray(name, "it has a use that no rule sees, outside its module or within it")
         elif name in self.uses or name in self.ready:

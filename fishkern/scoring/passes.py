@@ -340,7 +340,6 @@ class Scoring:
         chosen = list(chosen)
         each = self._each_loss(batch, size, chosen)
         for n, (terms, shared) in zip(chosen, each, strict=True):
-            self._clear_grads()  # loss_fn may have left some
             for k, term in enumerate(terms):
                 self._backward(term, batch, retain_graph=shared or k + 1 < len(terms))
                 for name in names:

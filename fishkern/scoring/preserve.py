@@ -47,12 +47,15 @@ class NoDropout(TorchFunctionMode):
 def backward(loss: Tensor, params: Iterable[nn.Parameter], retain_graph: bool = False) -> None:
     """``loss.backward()`` without its dispatch, and for these parameters alone.
 
-    The dispatch would suspend ``NoDropout`` just where checkpointed layers run again. What else
-    the graph leads to (an input that requires a gradient, a parameter of loss_fn's own) keeps the
+    Their ``.grad`` is this loss's alone afterwards, whatever loss_fn may have left there. The
+    dispatch would suspend ``NoDropout`` just where checkpointed layers run again. What else the
+    graph leads to (an input that requires a gradient, a parameter of loss_fn's own) keeps the
     ``.grad`` it has. (Autograd's ``inputs=`` would see to that, but not with reentrant
     checkpointing.)
     """
-    own = {id(param) for param in params}
+    own = {id(param): param for param in params}
+    for param in own.values():
+        param.grad = None
     others = [leaf for leaf in _leaves(loss) if id(leaf) not in own]
     with _restored([_grad(leaf) for leaf in others]):
         for leaf in others:

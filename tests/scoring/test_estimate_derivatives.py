@@ -5,7 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fishkern import baseline_scores
 from tests.support.oracle import assert_exact
+from tests.support.tolerances import assert_scores_match
 
 H, C, N = 4, 3, 5
 
@@ -30,6 +32,13 @@ def adversarial(model, batch):
 def leaves_gradients(model, batch):
     losses = class_losses(model, batch)
     losses.sum().backward(retain_graph=True)
+    return losses
+
+
+def leaves_gradients_unseen(model, batch):
+    """No function mode is told of this one."""
+    losses = class_losses(model, batch)
+    torch.autograd.backward(losses.sum(), retain_graph=True)
     return losses
 
 
@@ -63,7 +72,9 @@ def check(model, loss_fn, **kwargs):
 
 
 @pytest.mark.parametrize("verify", [0, 2])
-@pytest.mark.parametrize("loss_fn", [penalty, adversarial, leaves_gradients])
+@pytest.mark.parametrize(
+    "loss_fn", [penalty, adversarial, leaves_gradients, leaves_gradients_unseen]
+)
 def test_a_loss_that_takes_gradients_itself(loss_fn, verify):
     model = nn.Sequential(nn.Linear(H, H), nn.Tanh(), nn.Linear(H, C))
     scores = check(model, loss_fn, verify=verify)
@@ -129,3 +140,14 @@ class Forces(nn.Module):
 
 def test_a_model_that_takes_gradients_itself():
     check(Forces(), class_losses)
+
+
+def test_gradients_that_a_loss_leaves_are_not_added_to_baseline_scores():
+    (batch, _) = batches()
+    model = nn.Sequential(nn.Linear(H, H), nn.Tanh(), nn.Linear(H, C))
+    scores = baseline_scores(
+        model, [batch], kind="gradient", loss_fn=leaves_gradients, progress=False
+    )
+    params = dict(model.named_parameters())
+    grads = torch.autograd.grad(class_losses(model, batch).mean(), list(params.values()))
+    assert_scores_match(scores, {n: g.abs().double() for n, g in zip(params, grads, strict=True)})
