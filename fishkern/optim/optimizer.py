@@ -168,7 +168,8 @@ class FishSparseAdamW(torch.optim.Optimizer):
         Entries that stay keep their moments and their number of steps; new ones start from zero
         with a count of their own; the state of those that leave is freed, and they keep their
         value. Where a parameter's entries have several counts, its ``step`` is ``[c]``, and
-        ``cohorts`` ``[k]`` says which count is an entry's. An equal mask changes nothing.
+        ``cohorts`` ``[k]`` says which count is an entry's. An equal mask changes nothing. Capture
+        a CUDA graph of the step anew.
 
         Args:
             new_mask: What to train, of the same parameters.

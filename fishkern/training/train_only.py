@@ -204,7 +204,7 @@ class Handle:
         before = self._mask
         for leaves in self._detach().values():
             leaves.unregister()
-        self._mask = new_mask
+        self._mask, self._watched = new_mask, False
         self._attach()
         carry_over(self._all_leaves(), old, new_mask, before)
         self.sync()

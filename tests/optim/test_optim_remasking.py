@@ -251,3 +251,27 @@ def test_a_checkpoint_of_the_mask_before_is_refused_once_the_mask_was_set():
     optimizer.set_mask(SparseMask({n: torch.tensor([0]) for n in shapes}, shapes))
     with pytest.raises(ValueError, match="another mask"):
         optimizer.load_state_dict(saved)
+
+
+def test_a_step_that_the_scaler_skips_leaves_every_count():
+    torch.manual_seed(0)
+    model = make_model()
+    masks = [some_mask(model, i) for i in range(2)]
+    optimizer = FishSparseAdamW(model.named_parameters(), mask=masks[0], capturable=True)
+    backward(model, 0)
+    optimizer.step()
+    optimizer.set_mask(masks[1])
+    optimizer.grad_scale = None
+    for found in (0.0, 1.0, 0.0):
+        before = copy.deepcopy((copies(model), optimizer.state_dict()["state"]))
+        optimizer.found_inf = torch.tensor(found)
+        backward(model, 1)
+        model[3].weight.grad = None
+        optimizer.step()
+        states = optimizer.state_dict()["state"]
+        assert any("cohorts" in state for state in states.values())
+        for i, (name, param) in enumerate(model.named_parameters()):
+            moves = not found and name != "3.weight" and len(masks[1][name]) > 0
+            assert torch.equal(bits(param), bits(before[0][name])) != moves
+            raised = states[i]["step"] - before[1][i]["step"]
+            assert bool((raised == (not found and name != "3.weight")).all()), name

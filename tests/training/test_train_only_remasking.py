@@ -206,3 +206,24 @@ def test_a_step_in_which_every_leaf_is_frozen_raises_and_says_who_freezes(unlist
         leaf.requires_grad_(True)
     optimizer.zero_grad()
     optimizer.step()  # no gradients, but nothing is frozen
+
+
+def test_newly_selected_weights_are_watched_in_their_first_forward():
+    class Saved(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+            self.saved = [self.b.weight]
+
+        def forward(self, x):
+            return nn.functional.linear(self.a(x), self.saved[0])
+
+    model, shapes = Saved(), {"a.weight": (4, 4), "b.weight": (4, 4)}
+    some, none = torch.tensor([1, 2]), torch.tensor([], dtype=torch.int64)
+    first = SparseMask({"a.weight": some, "b.weight": none}, shapes)
+    handle = train_only(model, first)
+    optimizer = FishSparseAdamW(model.named_parameters(), mask=first)
+    model(torch.ones(2, 4))
+    handle.set_mask(SparseMask({"a.weight": some, "b.weight": some}, shapes), optimizer)
+    with pytest.raises(RuntimeError, match=r"'b\.weight' is used by linear"):
+        model(torch.ones(2, 4))
