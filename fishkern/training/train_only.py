@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from fishkern.interception import exchange_class, original_class, rule_for
-from fishkern.names import named_parameters, suggest
+from fishkern.names import named_parameters
 from fishkern.selection.masks import SparseMask
 from fishkern.training.alias import is_traced, owner_members
+from fishkern.training.checks import check_mask, has_compiled_parts
 from fishkern.training.leaves import CHILD, SHARDED, Leaves, gather, is_sharded, wide_dtype
 from fishkern.training.remasking import carry_over
 from fishkern.training.steps import follow, forget
@@ -60,7 +61,7 @@ def train_only(model: nn.Module, mask: SparseMask, *, unlisted: str = "error") -
     """
     _check_model(model)
     params = named_parameters(model)
-    _check_mask(params, mask)
+    check_mask(params, mask)
     strangers = [n for n, p in params.items() if p.requires_grad and n not in mask]
     if unlisted not in ("error", "train", "freeze"):
         raise ValueError(f'unlisted is {unlisted!r}: choose "error", "train" or "freeze"')
@@ -191,7 +192,7 @@ class Handle:
         if attached(self._model) is not self:
             raise RuntimeError("train_only was removed from the model: call train_only again")
         params = named_parameters(self._model)
-        _check_mask({n: p for n, p in params.items() if CHILD not in n.split(".")}, new_mask)
+        check_mask({n: p for n, p in params.items() if CHILD not in n.split(".")}, new_mask)
         if whole := sorted(self._keep_trainable & {n for n in new_mask if len(new_mask[n])}):
             raise ValueError(
                 f'{whole[0]!r} is trained whole (unlisted="train"): leave it out of the new mask'
@@ -365,7 +366,7 @@ def _before_forward(model: nn.Module, args: Any) -> None:
         # On a GPU the full comparison would cost launches in each step: there, in training, only
         # what a version counter shows is looked at.
         leaves.reconcile(thorough=not (model.training and leaves.on_gpu), strict=True)
-    if not handle._watched and torch.is_grad_enabled() and not _has_compiled_parts(model):
+    if not handle._watched and torch.is_grad_enabled() and not has_compiled_parts(model):
         _watch_forward(model, handle)
 
 
@@ -384,14 +385,6 @@ def _watch_forward(model: nn.Module, handle: Handle) -> None:
     watch.__enter__()  # type: ignore[no-untyped-call]
 
 
-def _has_compiled_parts(model: nn.Module) -> bool:
-    """A compiler would take who looks on for a part of the model."""
-    return any(
-        module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
-        for module in model.modules()
-    )
-
-
 def _check_model(model: nn.Module) -> None:
     wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     if isinstance(model, wrappers) or hasattr(model, "_orig_mod"):
@@ -404,31 +397,3 @@ def _check_model(model: nn.Module) -> None:
             f"train_only is attached already ({handle!r}): call fishkern.attached(model).remove() "
             f"first"
         )
-
-
-def _check_mask(params: dict[str, nn.Parameter], mask: SparseMask) -> None:
-    if not isinstance(mask, SparseMask):
-        raise TypeError(f"mask is a {type(mask).__name__}: pass a SparseMask (fishkern.select)")
-    if mask.num_selected == 0:
-        raise ValueError("the mask selects nothing: there would be nothing to train")
-    for name in mask:
-        if name not in params:
-            raise ValueError(
-                f"the mask names {name!r}, which the model does not have"
-                f"{suggest(name, params)}: select again for this model"
-            )
-        param, shape = params[name], tuple(mask.shapes[name])
-        if tuple(param.shape) != shape:
-            raise ValueError(
-                f"{name!r} has shape {list(param.shape)}, but the mask was made for "
-                f"{list(shape)}: select again for this model"
-            )
-        if not param.is_floating_point():
-            raise ValueError(
-                f"{name!r} has dtype {param.dtype}: quantised and integer weights cannot be "
-                f"trained; leave them out of the mask"
-            )
-        if is_sharded(param):
-            raise ValueError(
-                f"{name!r} is sharded (DTensor): train_only takes whole tensors; train with DDP"
-            )

@@ -1,0 +1,53 @@
+"""What train_only asks of a mask and a model before anything is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from fishkern.names import suggest
+from fishkern.selection.masks import SparseMask
+from fishkern.training.leaves import is_sharded
+
+
+def has_compiled_parts(model: nn.Module) -> bool:
+    """A compiler would take who looks on for a part of the model."""
+    return any(
+        module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
+        for module in model.modules()
+    )
+
+
+def check_mask(params: Mapping[str, nn.Parameter], mask: SparseMask) -> None:
+    """Refuse a mask that does not fit the parameters, or selects what cannot be trained.
+
+    Raises:
+        TypeError: It is not a SparseMask.
+        ValueError: Names the parameter and the difference.
+    """
+    if not isinstance(mask, SparseMask):
+        raise TypeError(f"mask is a {type(mask).__name__}: pass a SparseMask (fishkern.select)")
+    if mask.num_selected == 0:
+        raise ValueError("the mask selects nothing: there would be nothing to train")
+    for name in mask:
+        if name not in params:
+            raise ValueError(
+                f"the mask names {name!r}, which the model does not have"
+                f"{suggest(name, params)}: select again for this model"
+            )
+        param, shape = params[name], tuple(mask.shapes[name])
+        if tuple(param.shape) != shape:
+            raise ValueError(
+                f"{name!r} has shape {list(param.shape)}, but the mask was made for "
+                f"{list(shape)}: select again for this model"
+            )
+        if not param.is_floating_point():
+            raise ValueError(
+                f"{name!r} has dtype {param.dtype}: quantised and integer weights cannot be "
+                f"trained; leave them out of the mask"
+            )
+        if is_sharded(param):
+            raise ValueError(
+                f"{name!r} is sharded (DTensor): train_only takes whole tensors; train with DDP"
+            )
