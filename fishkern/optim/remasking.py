@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fishkern.optim.checkpoint import MOMENTS, check_mask
 from fishkern.optim.cohorts import transfer
-from fishkern.optim.roles import group_owners, index_of, leaf_owner, shorten
+from fishkern.optim.roles import check_unsharded, group_owners, index_of, leaf_owner, shorten
 from fishkern.selection.masks import SparseMask
 
 Groups = list[dict[str, Any]]
@@ -36,11 +36,7 @@ def check_new_mask(mask: Any, own: SparseMask | None, groups: Groups, state: Sta
         )
     for group in groups:
         for name, param in zip(group["param_names"], group["params"], strict=True):
-            if hasattr(param, "to_local"):
-                raise ValueError(
-                    f"{name} is sharded (a DTensor), whose entries lie on several ranks: set the "
-                    f"new mask before fully_shard, or train with DDP"
-                )
+            check_unsharded(name, param)
             entry = state.get(param) or {}
             for moment in MOMENTS:
                 if moment in entry and entry[moment].dtype not in (torch.float32, torch.float64):
