@@ -19,14 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from fishkern.batches.packing import Packing
-from fishkern.interception import Rule, Site, elementwise, original_class
+from fishkern.interception import Site, elementwise, original_class
 from fishkern.interception.embedding import EmbeddingRule
 from fishkern.interception.linear import LinearRule
 from fishkern.interception.rerun import CHUNK_BYTES, Call, RerunError
 from fishkern.scoring.choices import Watch
 from fishkern.scoring.layouts import Layouts, Noted
-from fishkern.scoring.sample_scores import SampleScores
-from fishkern.scoring.tied import HeadRows, head_rows, scatter_rows_
+from fishkern.scoring.squares import Squares
+from fishkern.scoring.tied import HeadRows, head_rows
 
 
 class _Use(NamedTuple):
@@ -38,15 +38,9 @@ class _Use(NamedTuple):
 class FisherAccumulator:
     """Accumulates ``sum_n g_n^2`` for each parameter, batch by batch."""
 
-    def __init__(
-        self,
-        params: Mapping[str, nn.Parameter],
-        scores: Mapping[str, Tensor],
-        by_sample: SampleScores | None = None,
-    ) -> None:
+    def __init__(self, params: Mapping[str, nn.Parameter], squares: Squares) -> None:
         self.params = params
-        self.scores = scores
-        self.by_sample = by_sample
+        self.squares = squares
         self.tied: set[str] = set()  # scored by a formula that can round to less than zero
         #: Why parameters were last left to another route.
         self.reasons: dict[str, str] = {}
@@ -64,7 +58,7 @@ class FisherAccumulator:
         self.lookups: dict[str, list[_Use]] = {}
         self.head_rows: dict[str, HeadRows] = {}
         self.complete: set[str] = set()
-        self.done: set[str] = set()
+        self.squares.done.clear()
         self.strays: set[str] = set()
         self.spoiled: set[str] = set()
         #: Whether loss_fn or the model took gradients within the forward pass.
@@ -157,7 +151,7 @@ class FisherAccumulator:
         x, grad_out = _joined(xs), _joined(grads)
         self.head_rows[name] = head_rows(ids, x, grad_out)
         rule, module = heads[0].site.rule, heads[0].site.module
-        self._square(rule, module, {_local_name(heads[0].site, name): name}, x, grad_out)
+        self.squares.add_layer(rule, module, {_local_name(heads[0].site, name): name}, x, grad_out)
         self.uses[name] = [u for u in self.uses[name] if not isinstance(u.site.rule, LinearRule)]
 
     def _accumulate_lookups(self, name: str) -> None:
@@ -173,14 +167,9 @@ class FisherAccumulator:
         padding_idx = getattr(module, "padding_idx", None)
         if padding_idx is not None:
             cross.masked_fill_((x == padding_idx).unsqueeze(-1), 0.0)
-        target = self._target(name, x.device)
-        if self.by_sample is None:
-            scatter_rows_(target, x, cross)
-        else:
-            self.by_sample.add_rows(name, target, x, cross)
-        self._finish(name, target)
+        self.squares.add_rows(name, x, cross)
         local = _local_name(uses[0].site, name)
-        self._square(uses[0].site.rule, module, {local: name}, x, grad_out)
+        self.squares.add_layer(uses[0].site.rule, module, {local: name}, x, grad_out)
         self.tied.add(name)
 
     def consume_elementwise(self, use: elementwise.Use, grad_out: Tensor) -> None:
@@ -231,7 +220,7 @@ class FisherAccumulator:
             for name, each in held.items():
                 each.append(grads[name])
             for name in large:
-                self._square_samples(name, start, grads[name])
+                self.squares.add_grads(name, start, grads[name])
         for name, each in held.items():
             self.add_sample_grads(name, each[0] if len(each) == 1 else torch.cat(each))
         if size > 1:
@@ -278,7 +267,7 @@ class FisherAccumulator:
         self.strays.add(name)
         self.reasons[name] = reason
         self._drop(name)
-        if name in self.done:
+        if name in self.squares.done:
             self.spoiled.add(name)
 
     def _drop(self, name: str) -> None:
@@ -333,21 +322,9 @@ class FisherAccumulator:
             return
         rule, module = uses[0].site.rule, uses[0].site.module
         x, grad_out = _joined(xs), _joined(grads)
-        self._square(rule, module, {local[n].pop(): n for n in names}, x, grad_out)
+        self.squares.add_layer(rule, module, {local[n].pop(): n for n in names}, x, grad_out)
         for name in names:
             self._drop(name)
-
-    def _square(
-        self, rule: Rule, module: nn.Module, names: dict[str, str], x: Tensor, grad_out: Tensor
-    ) -> None:
-        """Add a layer's squares to the scores of its parameters, ``names`` by local names."""
-        targets = {local: self._target(name, x.device) for local, name in names.items()}
-        if self.by_sample is None:
-            rule.fisher_(module, targets, x, grad_out)
-        else:
-            self.by_sample.add_layer(rule, module, targets, names, x, grad_out)
-        for local, name in names.items():
-            self._finish(name, targets[local])
 
     def _accumulate_sums(self, name: str) -> None:
         """Uses of several kinds: the samples' gradients of each are added up, then squared.
@@ -358,10 +335,8 @@ class FisherAccumulator:
         tensors = [self._tensors(use) for use in uses]
         held = sum(tensor.numel() for pair in tensors for tensor in pair)
         at_once = (
-            max(1, held // max(1, self.scores[name].numel())) if uses else self.layouts.num_samples
+            max(1, held // max(1, self.params[name].numel())) if uses else self.layouts.num_samples
         )
-        device = tensors[0][1].device if ready is None else ready.device
-        target = self._target(name, device)
         for start in range(0, self.layouts.num_samples, at_once):
             part = slice(start, start + at_once)
             sums = None if ready is None else ready[part]
@@ -372,32 +347,8 @@ class FisherAccumulator:
                 grads = every[_local_name(use.site, name)]
                 sums = grads if sums is None else sums + grads
             assert sums is not None
-            self._add_squares(name, target, start, sums)
-        self._finish(name, target)
+            self.squares.add_grads(name, start, sums)
         self._drop(name)
-
-    def _square_samples(self, name: str, start: int, grads: Tensor) -> None:
-        """Square the gradients of samples ``start`` and after of a parameter's only use."""
-        target = self._target(name, grads.device)
-        self._add_squares(name, target, start, grads)
-        self._finish(name, target)
-
-    def _add_squares(self, name: str, target: Tensor, start: int, grads: Tensor) -> None:
-        squares = grads.to(target.dtype).square()
-        if self.by_sample is None:
-            target += squares.sum(0)
-        else:
-            self.by_sample.add_squares(name, target, start, squares)
-
-    def _finish(self, name: str, target: Tensor) -> None:
-        scores = self.scores[name]
-        if target is not scores:
-            if target.is_cuda and scores.device.type == "cpu":
-                # Through pinned memory, which torch keeps for the next parameter of this size.
-                host = torch.empty(target.shape, dtype=target.dtype, pin_memory=True)
-                target = host.copy_(target)
-            scores.add_(target.to(scores.device))
-        self.done.add(name)
 
     def _tensors(self, use: _Use) -> tuple[Tensor, Tensor]:
         """The use's x and grad_out, ``[N, T, *features]`` each."""
@@ -411,11 +362,6 @@ class FisherAccumulator:
         layout = self.layouts.of(use.site, tuple(use.x.shape))
         assert layout is not None
         return self.layouts.samples_first(layout, tensor, feature_dims, fill)
-
-    def _target(self, name: str, device: torch.device) -> Tensor:
-        """Where squares are added up: the scores, or a buffer beside the module, freed with it."""
-        scores = self.scores[name]
-        return scores if scores.device == device else torch.zeros_like(scores, device=device)
 
 
 def _same_layer(uses: Sequence[_Use]) -> bool:

@@ -17,7 +17,8 @@ from fishkern.batches.losses import LossFn, default_loss
 from fishkern.interception import original_parameters
 from fishkern.names import Patterns, match, named_parameters, suggest
 from fishkern.scoring.diagonal import FisherDiagonal
-from fishkern.scoring.passes import CUT_OFF, Scoring
+from fishkern.scoring.one_sample import CUT_OFF
+from fishkern.scoring.passes import Scoring
 from fishkern.scoring.preserve import scoring_mode
 from fishkern.scoring.sample_scores import SampleScores
 from fishkern.scoring.verification import FisherVerificationError, require_finite

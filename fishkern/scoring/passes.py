@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -12,19 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from fishkern.batches import samples
-from fishkern.batches.losses import LossFn, require_losses
+from fishkern.batches.losses import LossFn
 from fishkern.batches.packing import packing_of
 from fishkern.interception import Site, elementwise, intercepted, original_class, rule_for
 from fishkern.interception.rerun import Rerun, find_reruns, rerunning
 from fishkern.scoring.accumulator import FisherAccumulator
 from fishkern.scoring.layouts import Noted
+from fishkern.scoring.one_sample import OneSamplePasses
 from fishkern.scoring.placement import SumsByLayer, misplaced, sample_weights
-from fishkern.scoring.preserve import backward
 from fishkern.scoring.sample_scores import SampleScores
+from fishkern.scoring.squares import Squares
 from fishkern.scoring.verification import check_losses, verify_scores
-
-#: Reentrant checkpointing's warning that a segment gets no gradient.
-CUT_OFF = "None of the inputs have requires_grad"
 
 
 def _own_terms(losses: Tensor) -> list[Tensor]:
@@ -35,7 +32,7 @@ def _nothing(_: int) -> None:
     pass
 
 
-class Scoring:
+class Scoring(OneSamplePasses):
     """The passes over one batch, and what is known about the model from earlier ones."""
 
     def __init__(
@@ -47,21 +44,18 @@ class Scoring:
         labels: str = "empirical",
         by_sample: SampleScores | None = None,
     ) -> None:
-        self.model, self.candidates, self.loss_fn = model, candidates, loss_fn
-        self.by_sample = by_sample
-        self.labels = labels
+        super().__init__(model, candidates, loss_fn, labels)
         self.scores = {
             name: torch.zeros(param.shape, dtype=torch.float32, device=score_device or param.device)
             for name, param in candidates.items()
         }
-        self.accumulator = FisherAccumulator(candidates, self.scores, by_sample)
+        self.squares = Squares(self.scores, by_sample)
+        self.accumulator = FisherAccumulator(candidates, self.squares)
         self.sites = self._find_sites()
         self.elementwise = self._find_elementwise()
         self.reruns: list[Rerun] = []
         self.loop: set[str] = set()
-        self.probed = self.verified = self.attached = False
-        #: Whether the losses are made of gradients that loss_fn or the model takes itself.
-        self.differentiates = False
+        self.probed = self.verified = False
         self.reasons: dict[str, str] = {}
         self.packed: bool | None = None
         # Position ids [1, T] stand for all samples; expanded to [N, T], their gradients come sample
@@ -116,7 +110,7 @@ class Scoring:
         if size == 0:
             return 0
         if self.num_samples == 0 and self._run_again_for(strays):
-            self._zero_scores()
+            self.squares.zero()
             return self.add(batch, size)
         if spoiled := self.accumulator.spoiled:
             # A use that no rule saw came after others had been accumulated: a tied head's at its
@@ -127,22 +121,22 @@ class Scoring:
                     f"where a tied head or reentrant checkpointing has no way back: let the first "
                     f"batch be one with such a use, or checkpoint with use_reentrant=False"
                 )
-            self._zero_scores()
+            self.squares.zero()
             self._leave(strays)
             return self.add(batch, size)
         self._leave(strays)
         for name in self.accumulator.tied:
             self.scores[name].clamp_(min=0.0)
-        self.one_sample_passes(batch, size, range(size), self.loop, self._add_square)
-        if self.by_sample is not None:
-            self.by_sample.end()
+        self.one_sample_passes(batch, size, range(size), self.loop, self.squares.add_grad)
+        if self.squares.by_sample is not None:
+            self.squares.by_sample.end()
         self.num_samples += size
         return size
 
     def verify(self, batch: Any, size: int | None, count: int) -> None:
         """Compare a few samples, scored inside their whole batch, with one-sample autograd."""
         before = {n: s.clone() for n, s in self.scores.items()} if self.num_samples else {}
-        self._zero_scores()
+        self.squares.zero()
         weights, sums = torch.ones(1), list[Mapping[tuple[str, ...], Tensor]]()
 
         def terms(losses: Tensor) -> list[Tensor]:
@@ -154,12 +148,12 @@ class Scoring:
         def ended(term: int) -> None:
             if term < 2:
                 sums.append(by_layer.take())
-                self._zero_scores()
+                self.squares.zero()
 
         with self._collected(SumsByLayer()) as by_layer:
             size, strays = self._fused_pass(batch, size, terms, ended)
             while self._run_again_for(strays):
-                self._zero_scores()
+                self.squares.zero()
                 sums.clear()
                 size, strays = self._fused_pass(batch, size, terms, ended)
         if size == 0:
@@ -174,8 +168,8 @@ class Scoring:
             self._leave(wrong, "its layer's gradients do not follow the samples' losses in order")
             self.probed = self.probed and not wrong
         fused = sorted(set(self.candidates) - self.loop)
-        verify_scores(self, batch, size, count, fused, narrow)
-        self._zero_scores()
+        verify_scores(self, self.scores, batch, size, count, fused, narrow)
+        self.squares.zero()
         for name, scores in before.items():
             self.scores[name].copy_(scores)
 
@@ -201,22 +195,17 @@ class Scoring:
     @contextmanager
     def _collected(self, by_sample: SumsByLayer) -> Iterator[SumsByLayer]:
         """These sums by sample, in place of those that were asked for."""
-        asked = self.by_sample
-        self.by_sample = self.accumulator.by_sample = by_sample
+        asked, self.squares.by_sample = self.squares.by_sample, by_sample
         try:
             yield by_sample
         finally:
-            self.by_sample = self.accumulator.by_sample = asked
+            self.squares.by_sample = asked
 
     def restart(self, by_sample: SampleScores | None) -> None:
         """Forget all scores, not what is known of the model, and collect these sums by sample."""
-        self._zero_scores()
+        self.squares.zero()
         self.num_samples = 0
-        self.by_sample = self.accumulator.by_sample = by_sample
-
-    def _zero_scores(self) -> None:
-        for scores in self.scores.values():
-            scores.zero_()
+        self.squares.by_sample = by_sample
 
     def _fused_pass(
         self,
@@ -286,13 +275,6 @@ class Scoring:
             self.broadcasts = self.probed = False
         return self._fused_pass(batch, size, terms, ended)
 
-    @contextmanager
-    def _without_graph(self) -> Iterator[None]:
-        """No gradient is wanted, so none is missed by a checkpointed segment."""
-        with torch.set_grad_enabled(self.differentiates), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", CUT_OFF)
-            yield
-
     def _leave(self, names: set[str], reason: str | None = None) -> None:
         """From here on these parameters are scored by one-sample passes."""
         for name in names - self.loop:
@@ -300,8 +282,8 @@ class Scoring:
         self.loop |= names
 
     def _begin_samples(self, size: int) -> None:
-        if self.by_sample is not None:
-            self.by_sample.begin(size)
+        if self.squares.by_sample is not None:
+            self.squares.by_sample.begin(size)
 
     def _first_sample(self, batch: Any, losses: Tensor) -> tuple[Noted, bool]:
         """What is noted when the first sample runs alone; whether its loss is as here."""
@@ -324,134 +306,12 @@ class Scoring:
                     loss = elementwise.settled(self.loss_fn(self.model, one))
         return loss, noted
 
-    def one_sample_passes(
-        self,
-        batch: Any,
-        size: int,
-        chosen: Iterable[int],
-        names: Iterable[str],
-        use: Callable[[int, str, Tensor], None],
-    ) -> None:
-        """Plain autograd, a sample at a time: ``use(n, name, gradient)`` for each parameter."""
-        names = [name for name in self.candidates if name in set(names)]
-        if not names:
-            return
-        self._require_grad(names)
-        chosen = list(chosen)
-        each = self._each_loss(batch, size, chosen)
-        for n, (terms, shared) in zip(chosen, each, strict=True):
-            for k, term in enumerate(terms):
-                self._backward(term, batch, retain_graph=shared or k + 1 < len(terms))
-                for name in names:
-                    param = self.candidates[name]
-                    if param.grad is not None:
-                        use(n, name, param.grad.detach())
-                self._clear_grads()
-
-    def losses_alone(self, batch: Any, size: int, chosen: Iterable[int]) -> list[Tensor]:
-        """The losses of the one-sample passes, without a graph."""
-        with self._without_graph():
-            return [terms.detach().sum() for terms, _ in self._each_loss(batch, size, chosen)]
-
-    def _each_loss(
-        self, batch: Any, size: int, chosen: Iterable[int]
-    ) -> Iterator[tuple[Tensor, bool]]:
-        """The chosen samples' terms [K], each of a batch of its own; whether they share a graph.
-
-        They do where only loss_fn can read the batch: one graph, N backwards.
-        """
-        whole = None if samples.can_slice(batch) else self._losses(batch, size)
-        for n in chosen:
-            if whole is None:
-                part = samples.take(batch, n, n + 1, size)
-                objects = samples.holds_objects(batch)
-                losses = self._losses(part, None if objects else 1)
-                if losses.shape[1] == 1:
-                    yield losses[:, 0], False
-                    continue
-                whole = self._losses(batch, size)  # the samples are in the batch's objects
-            yield whole[:, n], True
-
-    def batch_losses(self, batch: Any, size: int) -> Tensor:
-        """All losses [N] of the batch, without a graph."""
-        with self._without_graph():
-            return self._losses(batch, size).detach().sum(0)
-
-    def _add_square(self, n: int, name: str, grad: Tensor) -> None:
-        scores = self.scores[name]
-        square = grad.to_dense().to(scores).square()
-        if self.by_sample is None:
-            scores += square
-        else:
-            self.by_sample.add_squares(name, scores, n, square[None])
-
-    def _backward(self, loss: Tensor, batch: Any, retain_graph: bool = False) -> None:
-        if loss.requires_grad:
-            self.attached = True
-            backward(loss, self.candidates.values(), retain_graph)
-        elif not self.attached:
-            # Perhaps none of these parameters took part: would any other?
-            flags = [(param, param.requires_grad) for param in self.model.parameters()]
-            for param, _ in flags:
-                param.requires_grad_(param.is_floating_point() or param.is_complex())
-            self.attached = self._call_loss_fn(batch).requires_grad
-            for param, flag in flags:
-                param.requires_grad_(flag)
-            if not self.attached:
-                raise ValueError(
-                    "the losses require no gradient: compute them from the model's outputs in "
-                    "loss_fn without detach(), item() or no_grad()"
-                )
-
     def _size(self, batch: Any) -> int:
         with self._without_graph():
             return self._losses(batch, None).shape[1]
 
-    def _losses(self, batch: Any, size: int | None) -> Tensor:
-        """``[K, N]``: a sample's score is the sum of its K terms' squared gradients.
-
-        K is 1, a sample's own loss, but for expected labels (``labels.expected_terms``).
-        """
-        losses = elementwise.settled(self._call_loss_fn(batch))
-        if self.labels == "expected":
-            terms: Tensor = losses
-            return terms
-        return require_losses(losses, batch, size)[None]
-
-    def _call_loss_fn(self, batch: Any) -> Any:
-        """The caller's losses, with the gradient of every candidate asked for where it must be.
-
-        Reentrant checkpointing gives none to a segment of which no input requires one, and only
-        warns: what comes before the segment may be frozen just for this pass.
-        """
-        try:
-            return self.loss_fn(self.model, batch)
-        except UserWarning as warning:
-            if not str(warning).startswith(CUT_OFF):
-                raise
-        self._require_grad(self.candidates)
+    def _forward_again(self) -> None:
         self.accumulator.forget_calls()
-        try:
-            return self.loss_fn(self.model, batch)
-        except UserWarning as warning:
-            if not str(warning).startswith(CUT_OFF):
-                raise
-            raise RuntimeError(
-                "reentrant checkpointing cuts off the gradient of a segment whose inputs require "
-                "none: checkpoint with use_reentrant=False, or call "
-                "model.enable_input_require_grads()"
-            ) from warning
-
-    def _require_grad(self, names: Iterable[str]) -> None:
-        """Only these parameters need a gradient: nothing is computed for any other."""
-        for param in self.model.parameters():
-            param.requires_grad_(False)
-        for name in names:
-            self.candidates[name].requires_grad_(True)
-
-    def _clear_grads(self) -> None:
-        for param in self.candidates.values():
-            param.grad = None
 
     def routes(self) -> dict[str, str]:
         """Which way each candidate was scored."""

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fishkern.names import some
+from fishkern.scoring.one_sample import OneSamplePasses
 
 __all__ = ["FisherVerificationError", "check_losses", "require_finite", "verify_scores"]
 
@@ -19,29 +20,6 @@ _HALF = (torch.float16, torch.bfloat16)
 
 class FisherVerificationError(RuntimeError):
     """The batched scores of some samples are not those of one-sample autograd."""
-
-
-class Scoring(Protocol):
-    """What the check needs of the scoring in progress."""
-
-    scores: dict[str, Tensor]
-    candidates: Mapping[str, nn.Parameter]
-
-    def one_sample_passes(
-        self,
-        batch: Any,
-        size: int,
-        chosen: Iterable[int],
-        names: Iterable[str],
-        use: Callable[[int, str, Tensor], None],
-    ) -> None:
-        """Plain autograd, a sample at a time."""
-
-    def losses_alone(self, batch: Any, size: int, chosen: Iterable[int]) -> list[Tensor]:
-        """Losses of samples, each without the others."""
-
-    def batch_losses(self, batch: Any, size: int) -> Tensor:
-        """Losses of the whole batch."""
 
 
 class _NarrowSeen(TorchFunctionMode):
@@ -58,7 +36,7 @@ class _NarrowSeen(TorchFunctionMode):
         return result
 
 
-def check_losses(scoring: Scoring, batch: Any, size: int, count: int) -> bool:
+def check_losses(passes: OneSamplePasses, batch: Any, size: int, count: int) -> bool:
     """Compare losses of samples alone with those in the batch; was it in a half-width dtype?
 
     They differ where a tensor that belongs to all samples was cut because it is as long as the
@@ -68,10 +46,10 @@ def check_losses(scoring: Scoring, batch: Any, size: int, count: int) -> bool:
         FisherVerificationError: They do.
     """
     with _NarrowSeen() as narrow:
-        whole = scoring.batch_losses(batch, size).double()
+        whole = passes.batch_losses(batch, size).double()
     tolerance = 5e-2 if narrow.seen else 1e-3
     atol = tolerance * float(whole.abs().mean())
-    for n, loss in enumerate(scoring.losses_alone(batch, size, range(count))):
+    for n, loss in enumerate(passes.losses_alone(batch, size, range(count))):
         alone, inside = float(loss), float(whole[n])
         if not (math.isfinite(alone) and math.isfinite(inside)):
             continue  # the scores will say so
@@ -87,9 +65,15 @@ def check_losses(scoring: Scoring, batch: Any, size: int, count: int) -> bool:
 
 
 def verify_scores(
-    scoring: Scoring, batch: Any, size: int, count: int, names: list[str], narrow: bool
+    passes: OneSamplePasses,
+    scores: Mapping[str, Tensor],
+    batch: Any,
+    size: int,
+    count: int,
+    names: list[str],
+    narrow: bool,
 ) -> None:
-    """``scoring.scores`` hold the fused scores of the first ``count`` samples: check them.
+    """``scores`` hold the fused scores of the first ``count`` samples: check them.
 
     The one-sample squares are subtracted in place, so that no second set of scores is needed. The
     rest must be rounding, on the scale of the tensor, or on that of the whole model: some scores
@@ -100,20 +84,20 @@ def verify_scores(
         FisherVerificationError: It is not.
         RuntimeError: A score is infinite or NaN.
     """
-    require_finite({name: scoring.scores[name] for name in names})
-    scale = {name: _norm(scoring.scores[name]) for name in names}
+    require_finite({name: scores[name] for name in names})
+    scale = {name: _norm(scores[name]) for name in names}
 
     def subtract(_: int, name: str, grad: Tensor) -> None:
-        scores = scoring.scores[name]
-        scores -= grad.to_dense().to(scores).square()
+        fused = scores[name]
+        fused -= grad.to_dense().to(fused).square()
 
-    scoring.one_sample_passes(batch, size, range(count), names, subtract)
-    rest = {name: _norm(scoring.scores[name]) for name in names}
-    entries = {name: scoring.scores[name].numel() for name in names}
+    passes.one_sample_passes(batch, size, range(count), names, subtract)
+    rest = {name: _norm(scores[name]) for name in names}
+    entries = {name: scores[name].numel() for name in names}
     # The root mean square over the model; half of it may be missing (a rule that gave zeros).
     squares = sum(max(scale[n], rest[n]) ** 2 for n in names)
     typical = (squares / max(sum(entries.values()), 1)) ** 0.5
-    tolerance = _tolerance([scoring.candidates[name] for name in names], narrow)
+    tolerance = _tolerance([passes.candidates[name] for name in names], narrow)
     wrong = {
         name: rest[name] / max(scale[name], 1e-30)
         for name in names

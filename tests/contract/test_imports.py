@@ -33,7 +33,12 @@ LAYERS = [
 ]
 # Inside a package, where there is an order; what is not named comes last.
 INNER_LAYERS = {
-    "scoring": [{"estimate", "baselines", "rescoring"}, {"passes"}, {"accumulator"}],
+    "scoring": [
+        {"estimate", "baselines", "rescoring"},
+        {"passes"},
+        {"accumulator", "verification"},
+        {"one_sample", "squares"},
+    ],
     "selection": [{"select"}, {"masks"}],
     "training": [{"train_only"}, {"alias", "steps", "watch"}],
 }

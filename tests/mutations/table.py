@@ -18,8 +18,10 @@ LOSSES = "batches/losses.py"
 LABELS = "batches/labels.py"
 ESTIMATE = "scoring/estimate.py"
 PASSES = "scoring/passes.py"
+ONE_SAMPLE = "scoring/one_sample.py"
 SELECT = "selection/select.py"
 ACCUMULATOR = "scoring/accumulator.py"
+SQUARES = "scoring/squares.py"
 LAYOUTS = "scoring/layouts.py"
 
 _REFERENCE_SIZES = "    num_tokens = x.shape[1:-1].numel()  # not -1: a size may be 0\n"
@@ -46,7 +48,7 @@ MUTANTS = (
         1,
         "all samples are one before the square",
         _instead(
-            ACCUMULATOR,
+            SQUARES,
             _FISHER,
             "rule.fisher_(module, targets, x.flatten(0, 1)[None], grad_out.flatten(0, 1)[None])",
         ),
@@ -85,7 +87,7 @@ MUTANTS = (
         2,
         "each token is a sample of its own",
         _instead(
-            ACCUMULATOR,
+            SQUARES,
             _FISHER,
             "rule.fisher_(module, targets, *(t.flatten(0, 1)[:, None] for t in (x, grad_out)))",
         ),
@@ -174,9 +176,7 @@ MUTANTS = (
     Mutant(
         5,
         "only the last use counts",
-        _instead(
-            ACCUMULATOR, _FISHER, "rule.fisher_(module, targets, x[:, -1:], grad_out[:, -1:])"
-        ),
+        _instead(SQUARES, _FISHER, "rule.fisher_(module, targets, x[:, -1:], grad_out[:, -1:])"),
         "test_pitfall_05_a_parameter_with_several_uses",
     ),
     Mutant(
@@ -301,7 +301,7 @@ MUTANTS = (
     Mutant(
         11,
         "each batch overwrites the last one's scores",
-        _instead(ACCUMULATOR, _FISHER, "[t.zero_() for t in targets.values()]; " + _FISHER),
+        _instead(SQUARES, _FISHER, "[t.zero_() for t in targets.values()]; " + _FISHER),
         "test_pitfall_11_batches_add_up_and_nothing_is_counted_twice",
     ),
     Mutant(
@@ -339,7 +339,7 @@ MUTANTS = (
         12,
         "the Fisher is said to be the true one, and is the empirical one",
         _instead(LOSSES, 'if labels == "expected":', "if False:")
-        + _instead(PASSES, 'if self.labels == "expected":', "if False:"),
+        + _instead(ONE_SAMPLE, 'if self.labels == "expected":', "if False:"),
         "test_pitfall_12_softmax_regression_in_closed_form",
     ),
     Mutant(
@@ -514,7 +514,7 @@ MUTANTS = (
         20,
         "the sample-by-sample route does not square",
         _instead(
-            PASSES,
+            SQUARES,
             "grad.to_dense().to(scores).square()",
             "grad.to_dense().to(scores).abs()",
         ),

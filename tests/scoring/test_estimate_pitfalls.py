@@ -41,6 +41,7 @@ from fishkern import FisherDiagonal, FisherVerificationError, estimate_fisher, s
 from fishkern.functional import linear_fisher_
 from fishkern.interception import rules
 from fishkern.scoring import passes as scoring
+from fishkern.scoring import squares
 from tests.support.oracle import assert_exact, fisher_oracle, squared_error
 from tests.support.problems import (
     PROBLEMS,
@@ -96,7 +97,7 @@ def assert_sums_to_the_gradient(monkeypatch, model, data, loss_fn=squared_error)
     with monkeypatch.context() as patch:
         for rule in set(rules._RULES.values()):
             patch.setattr(type(rule), "fisher_", sums)
-        patch.setattr(scoring.Scoring, "_add_square", add)
+        patch.setattr(squares.Squares, "add_grad", add)
         sums = score(model, data, loss_fn=loss_fn, verify=0)
     losses = loss_fn(model.eval(), data)
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
