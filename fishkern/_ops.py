@@ -57,6 +57,14 @@ SCHEMAS = {
         "Tensor(f!) steps, Tensor lr, float beta1, float beta2, float eps, float weight_decay, "
         "bool maximize=False, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()"
     ),
+    # Moments in bfloat16, without scales, or in uint8, with one for each 32 entries.
+    "masked_adamw_quantized_": (
+        "(Tensor(a!)[] params, Tensor[] grads, Tensor[] indices, "
+        "Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] exp_avg_scales, "
+        "Tensor(e!)[] exp_avg_sq_scales, Tensor(f!)[] masters, "
+        "Tensor steps, Tensor lr, float beta1, float beta2, float eps, float weight_decay, "
+        "bool maximize=False, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()"
+    ),
 }
 
 
@@ -112,6 +120,12 @@ def masked_adamw_packed_(params: Sequence[Tensor], *args: Any, **kwargs: Any) ->
         choose("masked_adamw_packed_", params[0].device.type)(params, *args, **kwargs)
 
 
+def masked_adamw_quantized_(params: Sequence[Tensor], *args: Any, **kwargs: Any) -> None:
+    """``masked_adamw_`` with moments in fewer bits."""
+    if params:
+        choose("masked_adamw_quantized_", params[0].device.type)(params, *args, **kwargs)
+
+
 def _mutates_only(*args: Any, **kwargs: Any) -> None:
     """The fake of an op that returns nothing."""
 
@@ -136,3 +150,4 @@ _register(linear_selected_grad_, _mutates_only)
 _register(topk_indices, _fake_topk_indices)
 _register(masked_adamw_, _mutates_only)
 _register(masked_adamw_packed_, _mutates_only)
+_register(masked_adamw_quantized_, _mutates_only)

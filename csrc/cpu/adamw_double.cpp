@@ -23,6 +23,8 @@ double load(const void* data, Dtype dtype, int64_t i) {
       return static_cast<float>(static_cast<const Half*>(data)[i]);
     case Dtype::kDouble:
       return static_cast<const double*>(data)[i];
+    case Dtype::kByte:
+      break;  // refused before
   }
   __builtin_unreachable();
 }
@@ -40,6 +42,8 @@ void store(void* data, Dtype dtype, int64_t i, double x) {
       return;
     case Dtype::kDouble:
       static_cast<double*>(data)[i] = x;
+      return;
+    case Dtype::kByte:
       return;
   }
 }

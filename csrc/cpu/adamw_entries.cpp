@@ -23,9 +23,14 @@ Run slice(const Run& run, int64_t begin, int64_t count) {
   part.count = count;
   shift(part.param_at, part.param, run.param_dtype);
   shift(part.grad_at, part.grad, run.grad_dtype);
-  for (void** state : {&part.exp_avg, &part.exp_avg_sq, &part.max_exp_avg_sq, &part.master}) {
+  for (void** state : {&part.exp_avg, &part.exp_avg_sq, &part.max_exp_avg_sq}) {
     *state = advance(*state, begin * bytes_of(run.state_dtype));
   }
+  part.master = advance(part.master, begin * (run.state_dtype == Dtype::kDouble ? 8 : 4));
+  for (uint8_t** scale : {&part.exp_avg_scale, &part.exp_avg_sq_scale}) {
+    *scale = *scale ? *scale + begin / kScaleBlock : nullptr;
+  }
+  part.first = begin;
   return part;
 }
 
@@ -56,10 +61,12 @@ void update_part(const Entries& entries, int64_t begin, int64_t count) {
   }
 }
 
+int64_t whole_blocks(int64_t entries) { return entries / kScaleBlock * kScaleBlock; }
+
 }  // namespace
 
-// Threads get equal shares of all entries together, so that a large tensor is shared. Each entry
-// is computed by itself: the result does not depend on the shares.
+// Threads get equal shares of all entries together, so that a large tensor is shared, between two
+// entries with a scale of their own. The result does not depend on the shares.
 void update_all(const std::vector<Entries>& all) {
   std::vector<int64_t> ends;
   ends.reserve(all.size());
@@ -74,7 +81,9 @@ void update_all(const std::vector<Entries>& all) {
     for (; begin < end; ++i) {
       const int64_t first = ends[i] - all[i].run.count;
       const int64_t last = std::min(end, ends[i]);
-      if (last > begin) update_part(all[i], begin - first, last - begin);
+      const int64_t from = whole_blocks(begin - first);
+      const int64_t to = last == ends[i] ? last - first : whole_blocks(last - first);
+      if (to > from) update_part(all[i], from, to - from);
       begin = std::max(begin, last);
     }
   });

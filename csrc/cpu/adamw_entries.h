@@ -11,7 +11,7 @@
 namespace fishkern::adamw {
 
 inline int64_t bytes_of(Dtype dtype) {
-  return dtype == Dtype::kDouble ? 8 : dtype == Dtype::kFloat ? 4 : 2;
+  return dtype == Dtype::kDouble ? 8 : dtype == Dtype::kFloat ? 4 : dtype == Dtype::kByte ? 1 : 2;
 }
 
 template <class Pointer>

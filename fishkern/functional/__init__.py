@@ -7,6 +7,11 @@ float64, which the plain-torch backend accepts).
 """
 
 from fishkern.functional.adamw import masked_adamw_
+from fishkern.functional.adamw_quantized import (
+    dequantize_moment,
+    masked_adamw_quantized_,
+    quantize_moment,
+)
 from fishkern.functional.conv import conv_fisher_
 from fishkern.functional.embedding import embedding_fisher_
 from fishkern.functional.linear import linear_fisher_
@@ -22,12 +27,15 @@ from fishkern.functional.topk import topk_indices
 __all__ = [
     "SelectedGradPlan",
     "conv_fisher_",
+    "dequantize_moment",
     "embedding_fisher_",
     "linear_fisher_",
     "linear_selected_grad_",
     "masked_adamw_",
+    "masked_adamw_quantized_",
     "norm_fisher_",
     "plan_selected_grad",
+    "quantize_moment",
     "restrict_columns",
     "topk_indices",
 ]

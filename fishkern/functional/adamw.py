@@ -9,6 +9,8 @@ from torch import Tensor
 
 from fishkern import _ops  # noqa: F401  (registers torch.ops.fishkern)
 
+WIDE = (torch.float32, torch.float64)  # what moments and masters are in
+
 
 def masked_adamw_(
     params: Sequence[Tensor],
@@ -83,7 +85,7 @@ def masked_adamw_(
         if len(tensors) != len(params):
             raise ValueError(f"{name} has {len(tensors)} entries, params {len(params)}")
     for i, param in enumerate(params):
-        _check_entry(i, param, {name: tensors[i] for name, tensors in lists.items()})
+        check_entry(i, param, {name: tensors[i] for name, tensors in lists.items()})
     if not params:
         return
     torch.ops.fishkern.masked_adamw_(
@@ -94,7 +96,7 @@ def masked_adamw_(
         list(exp_avg_sqs),
         list(max_exp_avg_sqs),
         list(masters),
-        _step_vector(steps, params[0].device),
+        step_vector(steps, params[0].device),
         lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64, device="cpu"),
         *betas,
         eps,
@@ -105,7 +107,7 @@ def masked_adamw_(
     )
 
 
-def _step_vector(steps: Sequence[Tensor | float] | Tensor, device: torch.device) -> Tensor:
+def step_vector(steps: Sequence[Tensor | float] | Tensor, device: torch.device) -> Tensor:
     """One float32 tensor of steps; on the parameters' device only if the steps were there."""
     if isinstance(steps, Tensor):
         return steps.to(torch.float32)
@@ -114,8 +116,10 @@ def _step_vector(steps: Sequence[Tensor | float] | Tensor, device: torch.device)
     return torch.tensor([float(step) for step in steps], dtype=torch.float32, device="cpu")
 
 
-def _check_entry(i: int, param: Tensor, entry: dict[str, Tensor]) -> None:
-    """Check the tensors that belong to ``params[i]``."""
+def check_entry(
+    i: int, param: Tensor, entry: dict[str, Tensor], moments_in: tuple[torch.dtype, ...] = WIDE
+) -> None:
+    """Check the tensors that belong to ``params[i]``; moments have one of these dtypes."""
     if not param.is_floating_point():
         raise TypeError(f"params[{i}] has dtype {param.dtype}: pass a floating-point tensor")
     index, moments = entry["indices"], entry["exp_avgs"].numel()
@@ -135,8 +139,10 @@ def _check_entry(i: int, param: Tensor, entry: dict[str, Tensor]) -> None:
         tensor = entry.get(name)
         if tensor is None or (name == "masters" and tensor.numel() == 0):
             continue
-        if tensor.dtype not in (torch.float32, torch.float64):
-            raise TypeError(f"{name}[{i}] has dtype {tensor.dtype}: pass float32")
+        dtypes = WIDE if name == "masters" else moments_in
+        if tensor.dtype not in dtypes:
+            known = "float32" if dtypes is WIDE else " or ".join(map(str, dtypes))
+            raise TypeError(f"{name}[{i}] has dtype {tensor.dtype}: pass {known}")
         if tensor.numel() != selected:
             raise ValueError(f"{name}[{i}] has {tensor.numel()} entries, selected are {selected}")
 

@@ -104,6 +104,20 @@ def masked_adamw_packed_():
         yield (params, grads, offsets, *state, *rates), extra
 
 
+def masked_adamw_quantized_():
+    for (params, grads, chosen, m, v, _, masters, *rates), extra in masked_adamw_():
+        for dtype in (torch.bfloat16, torch.uint8):
+            moments = [[t.new_zeros(t.shape, dtype=dtype) for t in kind] for kind in (m, v)]
+            scales = [[], []]
+            if dtype == torch.uint8:
+                scales = [[torch.zeros(1, dtype=dtype) for _ in m] for _ in range(2)]
+            yield (copied(params), grads, chosen, *moments, *scales, copied(masters), *rates), extra
+
+
+def copied(tensors):
+    return [tensor.clone() for tensor in tensors]
+
+
 OPS = {
     f.__name__: f
     for f in (
@@ -115,6 +129,7 @@ OPS = {
         topk_indices,
         masked_adamw_,
         masked_adamw_packed_,
+        masked_adamw_quantized_,
     )
 }
 CASES = [(name, i) for name, inputs in OPS.items() for i in range(len(list(inputs())))]

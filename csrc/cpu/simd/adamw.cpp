@@ -9,6 +9,8 @@
 
 #include <cstring>
 
+#include "cpu/simd/moments.h"
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -74,18 +76,6 @@ struct BFloat16 {
 struct Half {
   uint16_t bits;
 };
-
-inline uint32_t bits_of(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof(bits));
-  return bits;
-}
-
-inline float float_of(uint32_t bits) {
-  float x;
-  std::memcpy(&x, &bits, sizeof(x));
-  return x;
-}
 
 inline float widen(float x) { return x; }
 
@@ -153,6 +143,8 @@ void with_type(Dtype dtype, const Function& function) {
       return function(Half{});
     case Dtype::kDouble:
       return function(double{});
+    case Dtype::kByte:  // neither parameter nor gradient
+      return;
   }
 }
 
@@ -339,12 +331,11 @@ void update(const Run& run, const Step& step) {
   const bool together = run.param_at.at != nullptr && run.param_at.at == run.grad_at.at;
   const bool in_place = param_lies && run.master == nullptr;
   auto* const full = static_cast<float*>(in_place ? run.param : run.master);
-  auto* const m = static_cast<float*>(run.exp_avg);
-  auto* const v = static_cast<float*>(run.exp_avg_sq);
   auto* const v_max = static_cast<float*>(run.max_exp_avg_sq);
-  alignas(64) float p_buffer[kBlock], g_buffer[kBlock];
+  const bool wide = run.state_dtype == Dtype::kFloat;
+  alignas(64) float p_buffer[kBlock], g_buffer[kBlock], m_buffer[kBlock], v_buffer[kBlock];
   int64_t begin = 0;
-  if (together && !run.master && run.param_dtype == Dtype::kFloat &&
+  if (together && wide && !run.master && run.param_dtype == Dtype::kFloat &&
       run.grad_dtype == Dtype::kFloat && run.param_at.bytes == 4 && run.count >= kWidth &&
       is_stream(static_cast<const int32_t*>(run.param_at.at), run.count)) {
     begin = update_stream(arithmetic, run);
@@ -359,7 +350,11 @@ void update(const Run& run, const Step& step) {
       if (!full) read(p_buffer, run.param, run.param_dtype, run.param_at, begin, n);
       if (!grad_lies) read(g_buffer, run.grad, run.grad_dtype, run.grad_at, begin, n);
     }
-    update_block(arithmetic, p, g, m + begin, v + begin, v_max ? v_max + begin : nullptr, n);
+    float* const m = wide ? static_cast<float*>(run.exp_avg) + begin : m_buffer;
+    float* const v = wide ? static_cast<float*>(run.exp_avg_sq) + begin : v_buffer;
+    if (!wide) read_moments(run, begin, n, m, v);
+    update_block(arithmetic, p, g, m, v, v_max ? v_max + begin : nullptr, n);
+    if (!wide) write_moments(run, step.number, begin, n, m, v);
     if (!in_place) write(p, run.param, run.param_dtype, run.param_at, begin, n);
   }
 }

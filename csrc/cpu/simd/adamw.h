@@ -7,7 +7,11 @@
 
 namespace fishkern::adamw {
 
-enum class Dtype : uint8_t { kFloat, kBFloat16, kHalf, kDouble };
+// kByte: moments in 8 bits (simd/moments.h), nothing else.
+enum class Dtype : uint8_t { kFloat, kBFloat16, kHalf, kDouble, kByte };
+
+// So many moments in 8 bits share a scale, and are therefore updated by one thread.
+constexpr int64_t kScaleBlock = 32;
 
 // Where the entries of a run lie in a tensor: at at[0], at[1], ..., or side by side where null.
 struct Positions {
@@ -24,8 +28,11 @@ struct Run {
   Positions param_at, grad_at;
   void* exp_avg;
   void* exp_avg_sq;
-  void* max_exp_avg_sq;  // null: no AMSGrad
-  void* master;          // the parameter in full precision; null: the parameter is its own
+  void* max_exp_avg_sq;    // null: no AMSGrad
+  void* master;            // the parameter in full precision; null: the parameter is its own
+  uint8_t* exp_avg_scale;  // of each kScaleBlock entries, where the moments are bytes
+  uint8_t* exp_avg_sq_scale;
+  int64_t first;  // which of the tensor's selected entries the run begins with
 };
 
 // The numbers of one step, the bias corrections folded in, in double until they are used.
@@ -37,9 +44,11 @@ struct Step {
   double size;          // lr / (1 - beta1^step)
   double rescale;       // 1 / sqrt(1 - beta2^step)
   double grad_divisor;  // the gradient scale; negative in order to maximize
+  uint32_t number;      // of the step, counted from 1
 };
 
-// In float32; neither parameter nor state may be float64.
+// In float32; neither parameter nor state may be float64. With moments in bytes, runs begin at
+// multiples of kScaleBlock of their tensor's entries.
 FISHKERN_DECLARE_FOR_EACH_ISA(void update(const Run& run, const Step& step);)
 
 // In float64, any dtypes; plain code.

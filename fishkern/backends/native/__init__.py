@@ -14,6 +14,7 @@ from fishkern.backends.native.ops import (
     linear_fisher_,
     masked_adamw_,
     masked_adamw_packed_,
+    masked_adamw_quantized_,
     norm_fisher_,
     topk_indices,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "linear_selected_grad_",
     "masked_adamw_",
     "masked_adamw_packed_",
+    "masked_adamw_quantized_",
     "norm_fisher_",
     "topk_indices",
     "unavailable",

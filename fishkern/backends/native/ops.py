@@ -81,3 +81,8 @@ def masked_adamw_packed_(params: list[Tensor], grads: list[Tensor], *args: Any) 
         )
     else:
         torch.ops.fishkern_native.masked_adamw_packed_(params, grads, *args)
+
+
+def masked_adamw_quantized_(*args: Any, **kwargs: Any) -> None:
+    """See ``csrc/cpu/adamw_quantized.cpp``."""
+    torch.ops.fishkern_native.masked_adamw_quantized_(*args, **kwargs)

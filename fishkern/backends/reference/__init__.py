@@ -6,6 +6,7 @@ fallback where no kernel runs. They are written to be read.
 
 from fishkern.backends.packed import by_lists
 from fishkern.backends.reference.adamw import masked_adamw_
+from fishkern.backends.reference.adamw_quantized import masked_adamw_quantized_
 from fishkern.backends.reference.conv import conv_fisher_
 from fishkern.backends.reference.embedding import embedding_fisher_
 from fishkern.backends.reference.linear import linear_fisher_
@@ -21,6 +22,7 @@ __all__ = [
     "linear_selected_grad_",
     "masked_adamw_",
     "masked_adamw_packed_",
+    "masked_adamw_quantized_",
     "norm_fisher_",
     "topk_indices",
     "unavailable",
