@@ -117,7 +117,7 @@ def _forward_members(cls: type[nn.Module]) -> dict[str, Any]:
         # functional_call puts other tensors in the place of the parameters.
         others = any(self._parameters.get(name) is not param for name, param in own.items())
         # Not the call that the rule describes: an ordinary use.
-        if is_paused() or others or len(args) != 1 or kwargs:
+        if is_paused() or others or len(args) != 1 or kwargs or not site.rule.covers(self):
             return cls.forward(self, *args, **kwargs)
         x = args[0] if site.called is None else site.called(site, args[0])
         return run_intercepted(site, x) if torch.is_grad_enabled() else cls.forward(self, x)

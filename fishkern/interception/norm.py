@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
@@ -141,6 +141,58 @@ class InstanceNormRule(GroupNormRule):
         return self.dims[original_class(module)]
 
 
+class BatchNormRule(Rule):
+    """``y[:, c] = x_hat[:, c] w[c] + b[c]``, x_hat normalised with running averages.
+
+    With the batch's own, as in training, a sample's output depends on the others, and there is no
+    gradient of a sample's own.
+    """
+
+    # A gradient depends on the mode, too, and on averages that the next forward pass moves.
+    scoring_only = True
+
+    def covers(self, module: nn.Module) -> bool:
+        """Where it normalises with running averages."""
+        return not module.training and module._buffers["running_mean"] is not None
+
+    def reads_input(self, names: Iterable[str]) -> bool:
+        """For the weight alone."""
+        return "weight" in names
+
+    def input_dims(self, module: nn.Module) -> int | None:
+        """All but the samples: the channels, and positions of any number of dimensions."""
+        return None
+
+    def output_dims(self, module: nn.Module) -> int | None:
+        """The same."""
+        return self.input_dims(module)
+
+    def sample_grads(self, module: nn.Module, x: Tensor, grad_out: Tensor) -> dict[str, Tensor]:
+        """``sum_tp grad_out x_hat`` and ``sum_tp grad_out`` over calls and positions: small."""
+        mean, rstd = self._averages(module, grad_out)
+        centred = x - mean.view(-1, *[1] * (x.dim() - 3))
+        others = [d for d in range(grad_out.dim()) if d not in (0, 2)]
+        weight = (centred * grad_out).sum(others) * rstd
+        return {"weight": weight, "bias": grad_out.sum(others)}
+
+    def input_grad(self, module: nn.Module, x: Tensor, grad_out: Tensor) -> Tensor:
+        """``grad_out w / sqrt(var + eps)``."""
+        _, scale = self._averages(module, grad_out)
+        weight = module._parameters["weight"]
+        if weight is not None:
+            scale = scale * weight.detach()
+        return grad_out * scale.to(grad_out.dtype).view(-1, *[1] * (grad_out.dim() - 2))
+
+    def _averages(self, module: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean, and one over the standard deviation, in float32 at least."""
+        wide, eps = torch.promote_types(like.dtype, torch.float32), module.eps
+        mean, var = (module._buffers[f"running_{name}"] for name in ("mean", "var"))
+        assert mean is not None
+        assert var is not None
+        assert isinstance(eps, float)
+        return mean.to(wide), (var.to(wide) + eps).rsqrt()
+
+
 class TriedNormRule(ScaleRule):
     """Any norm that computes ``y = x_hat w + b``, or ``x_hat (1 + w) + b``, with or without b.
 
@@ -232,5 +284,7 @@ register_rule(nn.LayerNorm, LayerNormRule())
 register_rule(nn.GroupNorm, GroupNormRule())
 for _type in InstanceNormRule.dims:
     register_rule(_type, InstanceNormRule())
+for _type in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm):
+    register_rule(_type, BatchNormRule())
 for _pattern in ("*RMSNorm*", "*LayerNorm*"):
     register_rule(_pattern, TriedNormRule())

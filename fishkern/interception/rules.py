@@ -50,9 +50,15 @@ class Rule:
     autocasts: ClassVar[bool] = False
     #: Whether an input of length 1 in dimension 0 (position ids) may stand for every sample.
     broadcasts: ClassVar[bool] = False
+    #: Whether ``train_only`` leaves such modules to autograd: their gradients depend on what may
+    #: change between the passes, as a mode.
+    scoring_only: ClassVar[bool] = False
 
     def covers(self, module: nn.Module) -> bool:
-        """Whether this module, of the rule's type, is one that the rule describes."""
+        """Whether this module, of the rule's type, is one that the rule describes.
+
+        Scoring asks at each call, too.
+        """
         return True
 
     def reads_input(self, names: Iterable[str]) -> bool:
