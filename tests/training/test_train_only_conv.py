@@ -29,6 +29,7 @@ TRAINED = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")
 @pytest.mark.parametrize("name", TRAINED)
 @pytest.mark.parametrize("training", [True, False])
 def test_train_only_gives_exact_leaf_gradients(name, training):
