@@ -20,6 +20,7 @@ from fishkern.functional import topk_indices
 from fishkern.names import Patterns, match
 from fishkern.scoring.estimate import check_labels, scored, unwrap
 from fishkern.scoring.passes import Scoring
+from fishkern.scoring.ranks import RankSums, all_of, first_of, rank_in
 from fishkern.scoring.rescoring import Rescoring, Sums
 from fishkern.scoring.square_cache import SquareCache
 from fishkern.selection.masks import SparseMask
@@ -47,14 +48,17 @@ class IRDResult:
         mask: The parameters' entries that are left; every candidate is named.
         samples: Indices of the samples that are left, int64, ascending.
         trace: Every pair met, from all samples and all candidates down to the targets.
-        routes: How each parameter was scored, as in ``FisherDiagonal``.
-        cached: Whether the squared gradients were kept; if not, every half of a round was a pass.
+        routes: How each parameter was scored (by this rank), as in ``FisherDiagonal``.
+        reasons: For parameters that were not "fused" why, as there.
+        cached: Whether the squared gradients were kept (by all ranks); if not, every half of a
+            round was a pass.
     """
 
     mask: SparseMask
     samples: Tensor
     trace: tuple[IRDStep, ...]
     routes: dict[str, str]
+    reasons: dict[str, str]
     cached: bool
 
 
@@ -78,6 +82,7 @@ def select_ird(
     verify: int = 2,
     score_device: torch.device | str | None = None,
     progress: bool = True,
+    process_group: Any = None,
 ) -> IRDResult:
     """Choose samples and parameters together by Iterative Range Decreasing (IRD).
 
@@ -124,16 +129,20 @@ def select_ird(
         evaluate: ``evaluate(samples, mask) -> float``, larger being better, asked of every pair in
             the trace once all are known. Then the best pair is the result (of equal ones the
             last), even if it is larger than the targets: return ``-inf`` for what is no choice.
+            Every rank of a ``process_group`` asks; what the first one is told counts.
         cache_bytes: How much memory the kept squares may take: 4 bytes for each of N0 samples times
             the number of candidates. 0 keeps none.
         verify: As for ``estimate_fisher``.
         score_device: Where scores accumulate and squares are kept; None: beside the parameters.
         progress: Show a progress bar.
+        process_group: Choose among the samples of all ranks of this group, numbered through, one
+            rank's after the other's, with the same result on each; None: this process alone. The
+            ranks may have different numbers of samples, and ``cache_bytes`` is each one's own.
 
     Returns:
         ``.mask``, ``.samples``, and ``.trace``, whose last pair they are unless ``evaluate`` chose
-        another; also ``.routes`` and ``.cached``. Counts are exact in every round; ties go to the
-        lower index.
+        another; also ``.routes``, ``.reasons`` and ``.cached``. Counts are exact in every round;
+        ties go to the lower index.
 
     Raises:
         ValueError: A target or factor out of range, more samples asked for than there are, scores
@@ -178,21 +187,27 @@ def select_ird(
                 f"density is {density}, which leaves none of {total:,} candidates: raise it"
             )
         cache = SquareCache(everything, cache_bytes)
-        draws = Draws(generator) if labels == "sampled" else None
+        draws = Draws(generator, rank_in(process_group)) if labels == "sampled" else None
         losses = loss_fn or default_loss(model, labels, draws)
         scoring = Scoring(model, ranked, losses, score_device, labels)
         bar = stack.enter_context(tqdm(desc="IRD", unit="sample", disable=not progress))
         batches = cut_batches(samples, None, model, loss_fn is None)
         passes = Rescoring(scoring, verify, bar)
         passes.run(batches, cache, everything)
-        found = scoring.num_samples
+        ranks = all_of((scoring.num_samples, cache.complete), process_group)
+        sizes, complete = [size for size, _ in ranks], all(whole for _, whole in ranks)
+        found = sum(sizes)
+        if not found:
+            raise ValueError("samples is empty: pass at least one batch")
         if num_samples > found:
             raise ValueError(
                 f"num_samples is {num_samples}, but samples holds {found}: choose no more"
             )
-        source: Sums = cache if cache.complete else passes
-        if cache.complete:
+        own: Sums = passes
+        if cache.complete and scoring.num_samples:
+            own = cache
             passes.batches.clear()
+        source = RankSums(own, sizes, process_group)
         trace = [IRDStep(0, torch.arange(found), everything)]
         order = RANGES if first == RANGES[0] else RANGES[::-1]
         for r in range(1, rounds + 1):
@@ -209,14 +224,15 @@ def select_ird(
                 else:
                     continue
                 trace.append(IRDStep(r, chosen, mask))
-        routes = scoring.routes()
+        routes, reasons = scoring.routes(), scoring.why()
         if kept:
             whole = _everything(candidates, score_device)
             trace = [step._replace(mask=_joined(whole, step.mask)) for step in trace]
     if evaluate is not None:
-        trace = [step._replace(value=_value(evaluate, step)) for step in trace]
+        values = first_of([_value(evaluate, step) for step in trace], process_group)
+        trace = [step._replace(value=v) for step, v in zip(trace, values, strict=True)]
     best = _best(trace)
-    return IRDResult(best.mask, best.samples, tuple(trace), routes, cache.complete)
+    return IRDResult(best.mask, best.samples, tuple(trace), routes, reasons, complete)
 
 
 def _keep_samples(source: Sums, count: int) -> Tensor:

@@ -20,6 +20,7 @@ from fishkern.scoring.diagonal import FisherDiagonal
 from fishkern.scoring.one_sample import CUT_OFF
 from fishkern.scoring.passes import Scoring
 from fishkern.scoring.preserve import scoring_mode
+from fishkern.scoring.ranks import gathered, rank_in
 from fishkern.scoring.sample_scores import SampleScores
 from fishkern.scoring.verification import FisherVerificationError, require_finite
 from fishkern.selection.masks import SparseMask
@@ -126,7 +127,7 @@ def estimate_fisher(
         candidates = stack.enter_context(scored(model, params))
         by_sample = _by_sample(sample_scores, candidates)
         if loss_fn is None:
-            draws = Draws(generator, _rank(process_group)) if labels == "sampled" else None
+            draws = Draws(generator, rank_in(process_group)) if labels == "sampled" else None
             losses = default_loss(model, labels, draws)
         else:
             losses = loss_fn
@@ -141,7 +142,8 @@ def estimate_fisher(
                 break
         total = _reduce(scoring, process_group)
     samples.check_found(scoring.num_samples, num_samples, total)
-    return _finished(scoring, total, labels, _gather(by_sample, process_group))
+    sums = None if by_sample is None else gathered(by_sample.result(), process_group)
+    return _finished(scoring, total, labels, sums)
 
 
 @contextmanager
@@ -202,10 +204,6 @@ def _by_sample(sample_scores: Any, candidates: Mapping[str, nn.Parameter]) -> Sa
     return SampleScores(sample_scores)
 
 
-def _rank(process_group: Any) -> int:
-    return 0 if process_group is None else torch.distributed.get_rank(process_group)
-
-
 def find_candidates(model: nn.Module, params: Any) -> dict[str, nn.Parameter]:
     """The parameters to score, by canonical name: see ``estimate_fisher``."""
     known = named_parameters(model)
@@ -249,18 +247,6 @@ def _reduce(scoring: Scoring, process_group: Any) -> int:
     total = torch.tensor(scoring.num_samples, device=device)
     dist.all_reduce(total, group=process_group)
     return int(total.item())
-
-
-def _gather(by_sample: SampleScores | None, process_group: Any) -> Tensor | None:
-    """The sample scores of all ranks, one rank's after the other's."""
-    if by_sample is None or process_group is None:
-        return None if by_sample is None else by_sample.result()
-    import torch.distributed as dist
-
-    own = by_sample.result()
-    parts = [own] * dist.get_world_size(process_group)
-    dist.all_gather_object(parts, own.cpu(), group=process_group)
-    return torch.cat(parts).to(own.device)
 
 
 def _finished(

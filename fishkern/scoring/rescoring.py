@@ -60,8 +60,6 @@ class Rescoring:
             found = self._scoring.add_verified(batch, size, self._verify)
             self._bar.update(found)
             held += [(batch, found)] if found else []
-        if not held:
-            raise ValueError("samples is empty: pass at least one batch")
         self.batches, self._mask = held, mask
         self._bar.total = self._bar.n
         self._bar.refresh()

@@ -34,7 +34,9 @@ LAYERS = [
 # Inside a package, where there is an order; what is not named comes last.
 INNER_LAYERS = {
     "scoring": [
-        {"estimate", "baselines", "rescoring"},
+        {"estimate", "baselines"},
+        {"ranks"},
+        {"rescoring"},
         {"passes"},
         {"accumulator", "verification"},
         {"one_sample", "squares"},

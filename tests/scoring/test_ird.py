@@ -88,6 +88,10 @@ def flat_positions(mask):
     return torch.cat([i.long() + s for i, s in zip(mask.values(), starts, strict=False)]).tolist()
 
 
+def dict_of(mask):
+    return {name: index.tolist() for name, index in mask.items()}
+
+
 def assert_pairs(result, pairs):
     found = [(step.samples.tolist(), flat_positions(step.mask)) for step in result.trace]
     assert [tuple(map(len, pair)) for pair in found] == [tuple(map(len, pair)) for pair in pairs]

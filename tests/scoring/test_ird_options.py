@@ -11,6 +11,7 @@ from tests.scoring.test_ird import (
     assert_pairs,
     batches,
     brute_force,
+    dict_of,
     flat_squares,
     ird,
     summed,
@@ -96,10 +97,6 @@ def select_with(model, samples, seed, way, **kwargs):
     generator = torch.Generator().manual_seed(seed)
     options = {"labels": "sampled", "generator": generator, "progress": False}
     return select_ird(model, samples, **TARGETS, **options, **way, **kwargs)
-
-
-def dict_of(mask):
-    return {name: index.tolist() for name, index in mask.items()}
 
 
 def test_wrong_options_are_refused():
