@@ -36,7 +36,7 @@ def peak_mib(case: Case, config: Config, device: str, contender: str) -> float:
         Missing: The system does not count it, or the process failed.
     """
     if device == "cuda":
-        return _cuda_peak(case.contenders[contender](case.setup(dict(config), device)))
+        return cuda_peak(case.contenders[contender](case.setup(dict(config), device)))
     if not RESET.exists():
         raise Missing("peak memory on a CPU is read from /proc, which only Linux has")
     job = [case.name, dict(config), contender, torch.get_num_threads()]
@@ -47,7 +47,8 @@ def peak_mib(case: Case, config: Config, device: str, contender: str) -> float:
     return float(done.stdout.split()[-1])
 
 
-def _cuda_peak(run: Run) -> float:
+def cuda_peak(run: Run) -> float:
+    """The peak of a second call in MiB, by CUDA's allocator."""
     run()
     gc.collect()
     torch.cuda.synchronize()

@@ -1,7 +1,8 @@
-"""``python -m benchmarks.plot``: the README's two pictures, from a machine's CSV.
+"""``python -m benchmarks.plot``: the README's three pictures, from a machine's CSV.
 
-speed.svg: the time of a step and of scoring; memory.svg: what an optimizer keeps and scoring takes.
-Drawn from each case's latest rows, and none of another device or number of threads than the last.
+training.svg: time and memory of a training step; speed.svg: the time of an optimizer's step and of
+scoring; memory.svg: what an optimizer keeps and scoring takes. Drawn from each case's latest rows,
+and none of another device or number of threads than the last.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ COLOURS = {
     "fishkern": "#0072B2",
     "AdamW(fused)": "#E69F00",
     "AdamW(foreach)": "#999999",
+    "LoRA, as many weights": "#009E73",
+    "LoRA r=8, all linears": "#56B4E9",
     "ordinary pass": "#E69F00",
     "torch.func vmap": "#CC79A7",
     "one-sample loop": "#999999",
@@ -40,6 +43,10 @@ STEP = {
     "all of MiniLM,\n0.5 % of it": {"model": "minilm", "density": "0.005"},
     "all of MiniLM,\n10 % of it": {"model": "minilm", "density": "0.1"},
 }
+TRAINING = {
+    f"{percent} % of MiniLM": {"model": "minilm", "density": density}
+    for percent, density in (("0.05", "0.0005"), ("0.5", "0.005"), ("5", "0.05"))
+}
 SCORING = {
     "LoRA of MiniLM": {"model": "minilm", "params": "lora"},
     "linear layers": {"model": "minilm", "params": "linears"},
@@ -59,11 +66,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     latest = {row["case"]: row["commit"] for row in rows}
     rows = [row for row in rows if row["commit"] == latest[row["case"]]]
     args.output.mkdir(parents=True, exist_ok=True)
-    for name, draw in (("speed", draw_speed), ("memory", draw_memory)):
+    pictures = {"training": draw_training, "speed": draw_speed, "memory": draw_memory}
+    for name, draw in pictures.items():
         path = args.output / f"{name}.{args.format}"
         draw(rows, path)
         print(path)
     return 0
+
+
+def draw_training(rows: Sequence[Row], path: Path) -> None:
+    """Time of a training step to that of AdamW(fused), and all memory that it takes."""
+    times = list(ratios(rows, "training_step", "AdamW(fused)", TRAINING))
+    memory = list(groups(rows, "training_step", "training_mib", TRAINING))
+    figure, (left, right) = _figure(2)
+    _bars(left, times, "training step: time, AdamW(fused) = 1")
+    _bars(right, memory, "training step: MiB beside the model")
+    _line_at_one(left)
+    _finish(figure, rows, path)
 
 
 def draw_speed(rows: Sequence[Row], path: Path) -> None:
@@ -74,7 +93,7 @@ def draw_speed(rows: Sequence[Row], path: Path) -> None:
     _bars(left, steps, "optimizer step: time, AdamW(fused) = 1")
     _bars(right, scoring, "scoring: time, forward and backward pass = 1")
     for axes in (left, right):
-        axes.axhline(1, color="#555555", linewidth=0.6, linestyle=(0, (4, 3)), zorder=0)
+        _line_at_one(axes)
     _finish(figure, rows, path)
 
 
@@ -162,6 +181,10 @@ def _bars(axes: Any, found: Sequence[Group], title: str) -> None:
     if names:
         axes.legend(frameon=False, fontsize=8, ncols=len(names), loc="upper left",
                     handlelength=1, handletextpad=0.5, columnspacing=1.2)  # fmt: skip
+
+
+def _line_at_one(axes: Any) -> None:
+    axes.axhline(1, color="#555555", linewidth=0.6, linestyle=(0, (4, 3)), zorder=0)
 
 
 def _finish(figure: Any, rows: Sequence[Row], path: Path) -> None:

@@ -80,13 +80,13 @@ def held_bytes(build: Optimizer, problem: Problem) -> tuple[int, int]:
     given = {id(t) for p in problem.params.values() for t in (p, p.grad)}
     storages = {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
-        for t in _tensors(vars(optimizer), given)
+        for t in tensors_in(vars(optimizer), given)
     }
     trained = sum(entry["exp_avg"].numel() for entry in optimizer.state.values())
     return sum(storages.values()), trained
 
 
-def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
+def tensors_in(value: Any, seen: set[int]) -> Iterator[Tensor]:
     """Every tensor that can be reached through containers and attributes."""
     if id(value) in seen or isinstance(value, (str, bytes, int, float, type, Callable)):
         return
@@ -99,4 +99,4 @@ def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
     parts += list(getattr(value, "__dict__", {}).values())
     parts += [getattr(value, name, None) for name in getattr(value, "__slots__", ())]
     for part in parts:
-        yield from _tensors(part, seen)
+        yield from tensors_in(part, seen)

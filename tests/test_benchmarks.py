@@ -24,6 +24,8 @@ EXPECTED = {
     ("optimizer_step", "AdamW(foreach)"): {"time_ms_p20", "time_ms_p80", "persistent_bytes"},
     ("ird", "fishkern"): {"ratio:scoring pass"},
     ("topk", "fishkern"): {"ratio:torch.topk", "rounds"},
+    ("training_step", "fishkern"): {"forward_ms", "kept_mib", "kept_of:AdamW(fused)"},
+    ("training_step", "LoRA r=8"): {"trained", "gradient_bytes", "held_bytes", "training_mib"},
 }
 
 
@@ -56,8 +58,9 @@ def test_every_contender_is_measured(results):
     for (case, contender), metrics in EXPECTED.items():
         found = {r["metric"] for r in rows if (r["case"], r["contender"]) == (case, contender)}
         assert metrics <= found
-    without = {r["contender"] for r in rows if r["metric"] in ("missing", "wrong")}
-    assert without <= {"BackPACK", "Opacus"}  # other people's packages: a row says what is amiss
+    without = {r["contender"] for r in rows if r["metric"] in ("missing", "wrong", "failed")}
+    # other people's packages, and what older ones lack: a row says what is amiss
+    assert without <= {"BackPACK", "Opacus", "BAdam", "LoRA-FA r=8", "SHiRA", "Super-Tuning"}
 
 
 def test_each_row_says_where_it_was_measured(results):
@@ -219,6 +222,7 @@ def test_plot(results, tmp_path):
     points.write_text(tiny.replace("model=tiny", "model=minilm"))
     assert plot.main([str(points), "--output", str(tmp_path)]) == 0
     assert "AdamW" in (tmp_path / "speed.svg").read_text()
+    assert "LoRA" in (tmp_path / "training.svg").read_text()
     assert (tmp_path / "memory.svg").stat().st_size > 1000
 
 

