@@ -6,9 +6,13 @@ from pathlib import Path
 import pytest
 
 from tests.mutations.mutant import ROOT, edited
-from tests.mutations.table import MUTANTS, TESTS
+from tests.mutations.table import MUTANTS
+from tests.support import pitfalls
 
-TEXT = Path(ROOT, TESTS).read_text()
+TESTS = {
+    f"{path.parent.relative_to(ROOT)}/{path.name}": path.read_text()
+    for path in Path(ROOT, "tests", "scoring").glob("test_pitfalls_*.py")
+}
 NUMBERS = range(1, 21)
 
 
@@ -17,16 +21,18 @@ def test_every_pitfall_is_planted():
 
 
 def test_every_pitfall_has_a_line_and_a_test_named_after_it():
-    docstring, tests = TEXT.split('"""')[1], TEXT.split('"""', 2)[2]
-    assert [int(n) for n in re.findall(r"^(\d\d) ", docstring, re.M)] == list(NUMBERS)
-    assert {int(n) for n in re.findall(r"^def test_pitfall_(\d\d)_", tests, re.M)} == set(NUMBERS)
+    lines = re.findall(r"^(\d\d) ", pitfalls.__doc__, re.M)
+    assert [int(n) for n in lines] == list(NUMBERS)
+    tests = re.findall(r"^def test_pitfall_(\d\d)_", "".join(TESTS.values()), re.M)
+    assert {int(n) for n in tests} == set(NUMBERS)
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.planted)
 def test_a_mutant_fits(mutant):
-    name = mutant.test.partition("[")[0]
+    file, _, test = mutant.test.partition("::")
+    name = test.partition("[")[0]
     assert name.startswith(f"test_pitfall_{mutant.pitfall:02}_")
-    assert f"\ndef {name}(" in TEXT
+    assert f"\ndef {name}(" in TESTS[file]
     for path, text in edited(mutant.edits).items():
         compile(text, path, "exec")
         assert text != Path(path).read_text()

@@ -21,7 +21,7 @@ os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # they take longer to load t
 import pytest
 
 from tests.mutations.mutant import ROOT, Edit, plant
-from tests.mutations.table import MUTANTS, TESTS
+from tests.mutations.table import MUTANTS
 
 TIMEOUT = 120
 #: How a detector speaks. Another exception would be a mutant that does not run.
@@ -65,7 +65,7 @@ def run_tests(edits: tuple[Edit, ...], tests: list[str], send) -> None:
     try:
         plant(edits)
         without = run_pytest(tests)
-        sys.modules[TESTS.removesuffix(".py").replace("/", ".")].VERIFY = 2
+        sys.modules["tests.support.pitfalls"].VERIFY = 2
         send.send((without, run_pytest(tests)))
     except Exception:
         send.send(traceback.format_exc())
@@ -76,7 +76,7 @@ def run_pytest(tests: list[str]) -> Outcomes:
     outcomes = Outcomes()
     already_imported = "ignore::pytest.PytestAssertRewriteWarning"
     options = ["-q", "-p", "no:cacheprovider", "-W", already_imported]
-    pytest.main([*options, *(f"{TESTS}::{test}" for test in tests)], plugins=[outcomes])
+    pytest.main([*options, *tests], plugins=[outcomes])
     return outcomes
 
 
@@ -132,7 +132,8 @@ def main() -> int:
         found, verdict, checked = judge(answer(mutant.edits, [mutant.test]))
         survivors += not found
         where = ", ".join(dict.fromkeys(edit.file for edit in mutant.edits))
-        cells = (mutant.pitfall, f"{where}: {mutant.planted}", mutant.test, verdict, checked)
+        test = mutant.test.partition("::")[2]
+        cells = (mutant.pitfall, f"{where}: {mutant.planted}", test, verdict, checked)
         print("| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |", flush=True)
     seconds = time.perf_counter() - start
     print(f"\n{len(mutants) - survivors} of {len(mutants)} mutants found, in {seconds:.0f} s")
