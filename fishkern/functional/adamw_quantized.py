@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fishkern import _ops  # noqa: F401  (registers torch.ops.fishkern)
-from fishkern.backends.reference import moments as storage
+from fishkern.backends import moments as storage
 from fishkern.functional.adamw import check_entry, step_vector
 
 SCALE_BLOCK = storage.BLOCK

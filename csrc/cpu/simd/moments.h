@@ -1,4 +1,4 @@
-// Moments in bfloat16 and in 8 bits: fishkern/backends/reference/moments.py says how they are
+// Moments in bfloat16 and in 8 bits: fishkern/backends/moments.py says how they are
 // stored and why they are rounded at random. The same bits come out here.
 //
 // Everything is in an anonymous namespace: each object file keeps its own copy (simd/vector.h).

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from fishkern.backends.moments import narrow_, noise, widen
 from fishkern.backends.reference.adamw import masked_adamw_
-from fishkern.backends.reference.moments import narrow_, noise, widen
 
 
 def masked_adamw_quantized_(
@@ -29,7 +29,7 @@ def masked_adamw_quantized_(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
-    """``masked_adamw_`` between reading and storing the moments (``reference/moments.py``).
+    """``masked_adamw_`` between reading and storing the moments (``backends/moments.py``).
 
     The update is made with the new moments before they are rounded. The scales are empty lists, and
     the moments bfloat16; or the moments are uint8, and there is a scale for each 32 of them.

@@ -24,6 +24,7 @@ _FILES = {
     "linear_selected_grad_": "selected_grad",
     "masked_adamw_": "adamw",
     "masked_adamw_packed_": "adamw",
+    "masked_adamw_quantized_": "adamw_quantized",
     "norm_fisher_": "norm",
 }
 

@@ -18,20 +18,24 @@ from torch import Tensor
 
 from fishkern.backends.packed import by_lists
 from fishkern.backends.triton.launch import Launch, num_multiprocessors, run
+from fishkern.backends.triton.moments import load_moment, noise, store_moment
 
 FLOAT_DTYPES = {
     torch.float32: tl.float32,
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
 }
+MOMENT_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.uint8: tl.uint8}
 INDEX_DTYPES = {torch.int32: tl.int32, torch.int64: tl.int64}
 BLOCK = 1024  # entries that a program updates at a time
 PROGRAMS_PER_MULTIPROCESSOR = 32
 
-# The table's rows: addresses, the number of selected entries, the tensor's place in the lists.
+# The table's rows: addresses, the number of selected entries, the tensor's place in the lists;
+# and where the moments are bytes, the addresses of their scales.
 PARAM, GRAD, INDEX = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 EXP_AVG, EXP_AVG_SQ, MAX_EXP_AVG_SQ = tl.constexpr(3), tl.constexpr(4), tl.constexpr(5)
 MASTER, COUNT, PLACE = tl.constexpr(6), tl.constexpr(7), tl.constexpr(8)
+EXP_AVG_SCALE, EXP_AVG_SQ_SCALE = tl.constexpr(9), tl.constexpr(10)
 
 
 @triton.jit
@@ -88,6 +92,7 @@ def _masked_adamw_kernel(
     weight_decay,
     PARAM_DTYPE: tl.constexpr,
     GRAD_DTYPE: tl.constexpr,
+    MOMENT_DTYPE: tl.constexpr,
     INDEX_DTYPE: tl.constexpr,
     WHOLE: tl.constexpr,
     GRAD_SELECTED: tl.constexpr,
@@ -99,7 +104,7 @@ def _masked_adamw_kernel(
     """One AdamW step (the formula is the reference's) on a range of one tensor's entries.
 
     Program j serves tensor ``programs_ptr[0, j]``, whose entries it takes from
-    ``programs_ptr[1, j] * entries_per_program`` on; ``table_ptr`` is [9, num_tensors].
+    ``programs_ptr[1, j] * entries_per_program`` on; ``table_ptr`` is [9 or 11, num_tensors].
     ``scalars_ptr`` holds the learning rate and then the step of every tensor in the lists.
     Computes in float32; parameters are touched at the selected positions only.
     """
@@ -113,8 +118,13 @@ def _masked_adamw_kernel(
     place = tl.load(table_ptr + PLACE * num_tensors + tensor)
     param_ptr = _address(table_ptr, PARAM, tensor, num_tensors, PARAM_DTYPE)
     grad_ptr = _address(table_ptr, GRAD, tensor, num_tensors, GRAD_DTYPE)
-    exp_avg_ptr = _address(table_ptr, EXP_AVG, tensor, num_tensors, tl.float32)
-    exp_avg_sq_ptr = _address(table_ptr, EXP_AVG_SQ, tensor, num_tensors, tl.float32)
+    exp_avg_ptr = _address(table_ptr, EXP_AVG, tensor, num_tensors, MOMENT_DTYPE)
+    exp_avg_sq_ptr = _address(table_ptr, EXP_AVG_SQ, tensor, num_tensors, MOMENT_DTYPE)
+    m_scale_ptr = None
+    v_scale_ptr = None
+    if tl.uint8 == MOMENT_DTYPE:
+        m_scale_ptr = _address(table_ptr, EXP_AVG_SCALE, tensor, num_tensors, tl.uint8)
+        v_scale_ptr = _address(table_ptr, EXP_AVG_SQ_SCALE, tensor, num_tensors, tl.uint8)
 
     lr = tl.load(scalars_ptr)
     step = tl.load(scalars_ptr + 1 + place)
@@ -139,8 +149,9 @@ def _masked_adamw_kernel(
             p = tl.load(param_ptr + where, mask=inside, other=0.0).to(tl.float32)
         g_entry = entry if GRAD_SELECTED else where
         g = tl.load(grad_ptr + g_entry, mask=inside, other=0.0).to(tl.float32)
-        m = tl.load(exp_avg_ptr + entry, mask=inside, other=0.0)
-        v = tl.load(exp_avg_sq_ptr + entry, mask=inside, other=1.0)  # no 0 / 0 outside
+        m = load_moment(exp_avg_ptr, m_scale_ptr, entry, inside, SIGNED=True)
+        v = load_moment(exp_avg_sq_ptr, v_scale_ptr, entry, inside, SIGNED=False)
+        v = tl.where(inside, v, 1.0)  # no 0 / 0 outside
 
         if grad_scale_ptr is not None:
             g = tl.div_rn(g, grad_scale)
@@ -148,8 +159,15 @@ def _masked_adamw_kernel(
             g = -g
         m = beta1 * m + one_minus_beta1 * g
         v = beta2 * v + one_minus_beta2 * g * g
-        tl.store(exp_avg_ptr + entry, m, mask=inside)
-        tl.store(exp_avg_sq_ptr + entry, v, mask=inside)
+        if tl.float32 == MOMENT_DTYPE:
+            tl.store(exp_avg_ptr + entry, m, mask=inside)
+            tl.store(exp_avg_sq_ptr + entry, v, mask=inside)
+        else:
+            random = noise(step, entry)
+            store_moment(exp_avg_ptr, m_scale_ptr, entry, inside, m, random >> 16, SIGNED=True)
+            store_moment(
+                exp_avg_sq_ptr, v_scale_ptr, entry, inside, v, random & 0xFFFF, SIGNED=False
+            )
         if AMSGRAD:
             max_ptr = _address(table_ptr, MAX_EXP_AVG_SQ, tensor, num_tensors, tl.float32)
             v_max = tl.load(max_ptr + entry, mask=inside, other=1.0)
@@ -167,6 +185,7 @@ class Kind(NamedTuple):
     device: torch.device
     param_dtype: torch.dtype
     grad_dtype: torch.dtype
+    moment_dtype: torch.dtype
     index_dtype: torch.dtype
     whole: bool  # every entry is selected, and there are no indices
     grad_selected: bool  # the gradient holds the selected entries only
@@ -201,9 +220,36 @@ def masked_adamw_(
         TypeError: A dtype that the kernel does not have.
         ValueError: Moments or masters that are not contiguous.
     """
-    states = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
-    states |= {"max_exp_avg_sqs": max_exp_avg_sqs, "masters": masters}
-    _check(params, grads, states)
+    moments = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    wide = {"max_exp_avg_sqs": max_exp_avg_sqs, "masters": masters}
+    check(params, grads, {**moments, **wide}, {})
+    step_all(
+        params, grads, indices, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, (), (), masters,
+        steps, lr, beta1, beta2, eps, weight_decay, maximize, grad_scale, found_inf,
+    )  # fmt: skip
+
+
+def step_all(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    max_exp_avg_sqs: Sequence[Tensor],
+    exp_avg_scales: Sequence[Tensor],
+    exp_avg_sq_scales: Sequence[Tensor],
+    masters: Sequence[Tensor],
+    steps: Tensor,
+    lr: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    """Sort the checked tensors by kind, and launch the kernel for each."""
     flat = [param.contiguous() for param in params]
     grads = [grad.contiguous() for grad in grads]
     indices = [index.contiguous() for index in indices]
@@ -223,6 +269,7 @@ def masked_adamw_(
             param.device,
             param.dtype,
             grad.dtype,
+            m.dtype,
             torch.int64 if whole else index.dtype,
             whole,
             whole or grad.numel() == count,
@@ -231,7 +278,8 @@ def masked_adamw_(
         addresses = [t.data_ptr() for t in (param, grad, index, m, v)]
         addresses.append(max_exp_avg_sqs[i].data_ptr() if amsgrad else 0)
         addresses.append(masters[i].data_ptr() if has_masters else 0)
-        rows.setdefault(kind, []).append((*addresses, count, i))
+        scales = [t[i].data_ptr() for t in (exp_avg_scales, exp_avg_sq_scales) if t]
+        rows.setdefault(kind, []).append((*addresses, count, i, *scales))
 
     for fields, kind_rows in rows.items():
         kind = Kind(*fields)
@@ -255,6 +303,7 @@ def masked_adamw_(
             "weight_decay": weight_decay,
             "PARAM_DTYPE": FLOAT_DTYPES[kind.param_dtype],
             "GRAD_DTYPE": FLOAT_DTYPES[kind.grad_dtype],
+            "MOMENT_DTYPE": MOMENT_DTYPES[kind.moment_dtype],
             "INDEX_DTYPE": INDEX_DTYPES[kind.index_dtype],
             "WHOLE": kind.whole,
             "GRAD_SELECTED": kind.grad_selected,
@@ -273,7 +322,7 @@ def masked_adamw_(
 class Tables(NamedTuple):
     """What a launch reads to find its tensors, on the device."""
 
-    table: Tensor  # int64 [9, num_tensors]
+    table: Tensor  # int64 [9 or 11, num_tensors]
     programs: Tensor  # int64 [2, num_programs]: tensor, and which range of its entries
     entries_per_program: int
     host: Tensor  # the copy's source, which must live as long as the copy may run
@@ -319,23 +368,27 @@ def _build_tables(device: torch.device, rows: tuple[tuple[int, ...], ...]) -> Ta
     )
 
 
-def _check(
-    params: Sequence[Tensor], grads: Sequence[Tensor], states: dict[str, Sequence[Tensor]]
+def check(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    wide: dict[str, Sequence[Tensor]],
+    narrow: dict[str, Sequence[Tensor]],
 ) -> None:
-    for name, tensors in (("params", params), ("grads", grads)):
-        for dtype in {t.dtype for t in tensors}:
-            if dtype not in FLOAT_DTYPES:
-                raise TypeError(
-                    f"{name} has a tensor of dtype {dtype}: the triton backend takes float32, "
-                    f'bfloat16 and float16; use_backend("reference") runs every dtype'
-                )
-    for name, tensors in states.items():
-        for dtype in {t.dtype for t in tensors}:
-            if dtype != torch.float32:
-                raise TypeError(
-                    f"{name} has a tensor of dtype {dtype}: the triton backend keeps float32; "
-                    f'use_backend("reference") runs every dtype'
-                )
+    """Refuse what the kernel does not have: ``wide`` state is float32, ``narrow`` is not."""
+    kinds = [
+        ({"params": params, "grads": grads}, FLOAT_DTYPES, "takes float32, bfloat16 and float16"),
+        (wide, [torch.float32], "keeps float32"),
+        (narrow, [torch.bfloat16, torch.uint8], "keeps bfloat16 and uint8"),
+    ]
+    for lists, known, what in kinds:
+        for name, tensors in lists.items():
+            for dtype in {t.dtype for t in tensors}:
+                if dtype not in known:
+                    raise TypeError(
+                        f"{name} has a tensor of dtype {dtype}: the triton backend {what}; "
+                        f'use_backend("reference") runs every dtype'
+                    )
+    for name, tensors in (wide | narrow).items():
         if not all(map(Tensor.is_contiguous, tensors)):
             raise ValueError(f"{name} has a tensor that is not contiguous: pass contiguous ones")
 
