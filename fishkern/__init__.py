@@ -5,7 +5,7 @@ from fishkern._dispatch import use_backend
 from fishkern.delta import apply_delta, revert_delta, save_delta
 from fishkern.interception import Rule, register_rule
 from fishkern.ird import select_ird
-from fishkern.optim import FishSparseAdamW
+from fishkern.optim import FishSparseAdamW, LostUpdateWarning
 from fishkern.recipe import create_fish_optimizer
 from fishkern.scoring.baselines import baseline_scores
 from fishkern.scoring.diagonal import FisherDiagonal
@@ -18,6 +18,7 @@ __all__ = [
     "FishSparseAdamW",
     "FisherDiagonal",
     "FisherVerificationError",
+    "LostUpdateWarning",
     "Rule",
     "SparseMask",
     "apply_delta",

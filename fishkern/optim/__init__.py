@@ -3,9 +3,11 @@
 ``optimizer`` is the class, ``arguments`` what it is given; ``roles`` says what is trained of each
 parameter; ``launch`` gathers gradients and states for one call of the op, which ``calls`` makes;
 ``checkpoint`` is ``state_dict`` and back, with the leaves' values in ``masters``; ``remasking`` is
-another mask in mid-training, ``cohorts`` the step counts that it makes.
+another mask in mid-training, ``cohorts`` the step counts that it makes; ``numerics`` looks at what
+steps wrote.
 """
 
+from fishkern.optim.numerics import LostUpdateWarning
 from fishkern.optim.optimizer import FishSparseAdamW
 
-__all__ = ["FishSparseAdamW"]
+__all__ = ["FishSparseAdamW", "LostUpdateWarning"]

@@ -18,22 +18,26 @@ def unwatched_step(step: Callable[..., Any]) -> Callable[..., Any]:
     """``step`` as torch wraps every optimizer's, for its hooks and profiler, if there are any.
 
     The wrapper takes as long as a small model's entries, so it is left out where it has nothing
-    to do. Torch wraps no step that says that it is ``hooked``.
+    to do. Torch wraps no step that says that it is ``hooked``. Under ``torch.compile`` a step runs
+    as it is between two graphs, as torch's own fused ones do: there is one launch and nothing to
+    fuse it with, and a graph would be made anew for each learning rate.
     """
     watched = torch.optim.Optimizer.profile_hook_step(step)
 
     @functools.wraps(step)
     def unwatched(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return uncompiled(self, *args, **kwargs)
         seen = (
             self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
             or _global_optimizer_pre_hooks
             or _global_optimizer_post_hooks
             or torch.autograd.profiler._is_profiler_enabled
-            or torch.compiler.is_compiling()
         )
         return (watched if seen else step)(self, *args, **kwargs)
 
+    uncompiled = torch._disable_dynamo(unwatched)
     unwatched.hooked = True  # type: ignore[attr-defined]
     return unwatched
 
@@ -55,8 +59,19 @@ def _with_list(group: dict[str, Any]) -> dict[str, Any]:
     return {**group, "params": params}
 
 
+CAPTURABLE = (
+    "check_numerics=True reads what a step wrote, which a CUDA graph cannot: leave out "
+    "capturable=True while you look"
+)
+
+
 def check_options(
-    mask: Any, unlisted: str, differentiable: bool, state_dtype: torch.dtype, check_numerics: bool
+    mask: Any,
+    unlisted: str,
+    differentiable: bool,
+    capturable: bool,
+    state_dtype: torch.dtype,
+    check_numerics: bool,
 ) -> None:
     """Refuse options that are wrong or not available.
 
@@ -80,5 +95,5 @@ def check_options(
         raise ValueError(
             f"state_dtype is {state_dtype}: only torch.float32 is available in this version"
         )
-    if check_numerics:
-        raise ValueError("check_numerics=True is not available in this version: leave it out")
+    if check_numerics and capturable:
+        raise ValueError(CAPTURABLE)

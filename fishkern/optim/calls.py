@@ -42,23 +42,19 @@ def run(
         _run_packed(launch, group["amsgrad"], options)
     else:
         _run_lists(launch, group["amsgrad"], options)
-    if not torch.compiler.is_compiling():
-        # The op is called below autograd, which has to learn that saved weights have changed.
-        torch.autograd.graph.increment_version(_chosen(launch, batch.targets))
-        if batch.masters:
-            torch.autograd.graph.increment_version(_chosen(launch, batch.masters))
+    # The op is called below autograd, which has to learn that saved weights have changed.
+    torch.autograd.graph.increment_version(_chosen(launch, batch.targets))
+    if batch.masters:
+        torch.autograd.graph.increment_version(_chosen(launch, batch.masters))
 
 
 def _run_packed(launch: Launch, amsgrad: bool, options: tuple[Any, ...]) -> None:
     batch, steps = launch.batch, _packed(launch, "step")
     exp_avg, exp_avg_sq = _packed(launch, "exp_avg"), _packed(launch, "exp_avg_sq")
-    op = _ops.masked_adamw_packed_
-    if torch.compiler.is_compiling():  # the dispatcher takes time: only where a compiler looks
-        op = torch.ops.fishkern.masked_adamw_packed_
     assert batch.layout is not None
     offsets, indices = batch.layout
     maxima = _packed(launch, "max_exp_avg_sq") if amsgrad else None
-    op(
+    _ops.masked_adamw_packed_(  # without the dispatcher, which takes time
         *(batch.targets, launch.grads, offsets, indices),
         *(exp_avg, exp_avg_sq, maxima, None, steps),
         *options,
@@ -78,13 +74,10 @@ def _run_lists(launch: Launch, amsgrad: bool, options: tuple[Any, ...]) -> None:
     ]
     if batch.sharded:
         lists = [[t.to_local() if is_sharded(t) else t for t in tensors] for tensors in lists]
-    op = _ops.masked_adamw_
-    if torch.compiler.is_compiling():
-        op = torch.ops.fishkern.masked_adamw_
     found_inf, counts = options[-1], values["step"]
     torch._foreach_add_(counts, 1)
     try:
-        op(*lists, torch.stack(counts), *options)
+        _ops.masked_adamw_(*lists, torch.stack(counts), *options)
     except BaseException:
         torch._foreach_sub_(counts, 1)
         raise
@@ -111,10 +104,7 @@ def _run_sorted(launch: Launch, sorting: Sorting, amsgrad: bool, options: tuple[
     else:
         grads = [by_param[i] for i in sorting.owners]
     values = [tensor[sorting.order] for tensor in states]
-    op = _ops.masked_adamw_packed_
-    if torch.compiler.is_compiling():
-        op = torch.ops.fishkern.masked_adamw_packed_
-    op(
+    _ops.masked_adamw_packed_(
         *([batch.targets[i] for i in sorting.owners], grads, sorting.offsets, sorting.indices),
         *(values[0], values[1], values[2] if amsgrad else None),
         *(values[-1] if batch.masters else None, counts),

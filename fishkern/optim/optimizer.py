@@ -25,22 +25,22 @@ from fishkern.optim.checkpoint import (
 )
 from fishkern.optim.launch import Plan, check_leaves_on, gather, make_plan, scaling
 from fishkern.optim.masters import restore_masters, saved_masters
+from fishkern.optim.numerics import Numerics
 from fishkern.optim.remasking import check_leaves, check_new_mask, exchange_leaves, remasked
 from fishkern.optim.roles import (
     admit,
-    check_answered,
-    check_dense,
     check_distinct,
     check_floating,
-    check_unsharded,
+    check_group,
     group_owners,
     index_of,
-    leaf_owner,
     name_all,
 )
 from fishkern.selection.masks import SparseMask
 
 __all__ = ["FishSparseAdamW"]
+
+OWN = ("_unlisted", "_owners", "_mask_is_computed", "_numerics")  # what is pickled beside torch's
 
 
 class FishSparseAdamW(torch.optim.Optimizer):
@@ -82,7 +82,11 @@ class FishSparseAdamW(torch.optim.Optimizer):
         differentiable: Not available.
         fused: Accepted as by AdamW, without effect.
         state_dtype: The moments' type; float32 is the only one in this version.
-        check_numerics: Not available in this version.
+        check_numerics: Look at what each step wrote, at the cost of some passes over the selected
+            entries, a copy of them and their state, and one wait for the device. A step that wrote
+            NaN or infinity is taken back, and refused with the tensors' names; updates that are
+            lost in rounding in bfloat16 or float16 are warned of, once (``LostUpdateWarning``).
+            Not with ``capturable``.
 
     Raises:
         ValueError: An argument out of range; a parameter that does not fit its mask, that the mask
@@ -123,7 +127,7 @@ class FishSparseAdamW(torch.optim.Optimizer):
         state_dtype: torch.dtype = torch.float32,
         check_numerics: bool = False,
     ) -> None:
-        check_options(mask, unlisted, differentiable, state_dtype, check_numerics)
+        check_options(mask, unlisted, differentiable, capturable, state_dtype, check_numerics)
         # AdamW itself checks its arguments, so that they are refused as in the installed torch.
         flags: dict[str, Any] = {"maximize": maximize, "foreach": foreach, "fused": fused}
         defaults = torch.optim.AdamW(
@@ -133,6 +137,7 @@ class FishSparseAdamW(torch.optim.Optimizer):
         self._unlisted = unlisted
         self._mask_is_computed = False  # then a checkpoint's mask takes its place
         self._plans: dict[int, Plan] = {}
+        self._numerics = Numerics() if check_numerics else None
         groups = as_groups(params)
         # A leaf and its dense parameter may stand in different groups: look at all of them first.
         named = mask is not None and not isinstance(groups, Tensor)
@@ -266,7 +271,8 @@ class FishSparseAdamW(torch.optim.Optimizer):
         Raises:
             ValueError: The mask has an entry that no parameter answers to.
             RuntimeError: A gradient is sparse, a state lacks something, a GradScaler has checked no
-                gradient, or every leaf of ``train_only`` is frozen.
+                gradient, every leaf of ``train_only`` is frozen, or ``check_numerics`` found NaN or
+                infinity in what was written, which has then been taken back.
         """
         self._accelerator_graph_capture_health_check()
         plans = [self._plan(i, group) for i, group in enumerate(self.param_groups)]
@@ -287,6 +293,9 @@ class FishSparseAdamW(torch.optim.Optimizer):
             ]
             if len(launches) < sum(len(plan.batches) for plan in plans):
                 check_leaves_on(plans)
+            if self._numerics is not None:
+                self._numerics.run(launches, self.state, amp)
+                return loss
             for launch, group in launches:
                 run(launch, group, *amp)
         return loss
@@ -327,22 +336,11 @@ class FishSparseAdamW(torch.optim.Optimizer):
         params = group["params"]
         if self._mask is None:
             return [None] * len(params)
-        names = group.get("param_names", ())
-        if len(names) != len(params):
-            raise ValueError(
-                f"a group has {len(params)} parameters but {len(names)} param_names, by which the "
-                f"mask finds them: whoever replaces a group has to keep its names"
-            )
-        everything = chain.from_iterable(g.get("param_names", ()) for g in self.param_groups)
-        check_answered(everything, self._mask)
-        for name, param in zip(names, params, strict=True):
-            if name in self._mask and leaf_owner(name) is None:
-                check_dense(name, param, self._mask)
-                check_unsharded(name, param)
+        check_group(group, self.param_groups, self._mask)
         devices = {param.device for g in self.param_groups for param in g["params"]}
         if len(devices) == 1:
             self._mask = self._mask.to(devices.pop())  # held once, where it is used
-        return [index_of(name, self._mask, self._unlisted) for name in names]
+        return [index_of(name, self._mask, self._unlisted) for name in group["param_names"]]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint; moments stay in float32 and are moved beside their parameters.
@@ -372,7 +370,7 @@ class FishSparseAdamW(torch.optim.Optimizer):
             post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {key: getattr(self, key) for key in ("_unlisted", "_owners", "_mask_is_computed")}
+        own = {key: getattr(self, key) for key in OWN}
         state = super().__getstate__()
         # Pickled one by one, views would each carry the whole packed tensor.
         state["state"] = defaultdict(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -198,6 +199,26 @@ def check_answered(names: Iterable[str], mask: SparseMask) -> None:
             f"model.named_parameters(), add the missing group, or select among the parameters "
             f"that are there"
         )
+
+
+def check_group(group: dict[str, Any], groups: Iterable[dict[str, Any]], mask: SparseMask) -> None:
+    """Refuse a group of which, among all groups, the mask cannot be applied as it is now.
+
+    Raises:
+        ValueError: Names are missing, a parameter is another one than the mask's, or the mask
+            selects in parameters that are not there.
+    """
+    names, params = group.get("param_names", ()), group["params"]
+    if len(names) != len(params):
+        raise ValueError(
+            f"a group has {len(params)} parameters but {len(names)} param_names, by which the "
+            f"mask finds them: whoever replaces a group has to keep its names"
+        )
+    check_answered(chain.from_iterable(g.get("param_names", ()) for g in groups), mask)
+    for name, param in zip(names, params, strict=True):
+        if name in mask and leaf_owner(name) is None:
+            check_dense(name, param, mask)
+            check_unsharded(name, param)
 
 
 def shorten(names: Sequence[str]) -> str:

@@ -54,8 +54,8 @@ AT_CONSTRUCTION = {
     ),
     "check_numerics": (
         pairs,
-        lambda m, k: {"mask": k, "check_numerics": True},
-        ["check_numerics=True", "leave it out"],
+        lambda m, k: {"mask": k, "check_numerics": True, "capturable": True},
+        ["check_numerics=True", "leave out capturable=True"],
     ),
     "unlisted_value": (
         pairs,

@@ -2,12 +2,14 @@
 
 import copy
 import io
+import re
+import warnings
 
 import pytest
 import torch
 from torch import nn
 
-from fishkern import FishSparseAdamW, SparseMask, attached, train_only
+from fishkern import FishSparseAdamW, LostUpdateWarning, SparseMask, attached, train_only
 from tests.support.problems import PROBLEMS
 from tests.support.tolerances import assert_matches
 from tests.support.training import distance, random_mask, weights
@@ -176,25 +178,36 @@ def test_autocast_and_half_keep_float32_leaves_and_gradients():
 
 
 def test_two_thousand_small_steps_of_bfloat16_weights_follow_the_float32_run():
-    """Steps far below a rounding add up in the leaves; the plain way loses them."""
+    """Steps far below a rounding add up in the leaves; the plain way loses them, and says so."""
     x = torch.randn(32, 8, generator=torch.Generator().manual_seed(0))
     mask = SparseMask({"weight": torch.arange(0, 64, 2)}, {"weight": (8, 8)})
     torch.manual_seed(0)
     start = nn.Linear(8, 8, bias=False).bfloat16()
-    ends = {}
+    ends, said = {}, {}
     for way in ("float32", "leaves", "plain"):
         model = copy.deepcopy(start)
         model = model.float() if way == "float32" else model
         if way == "leaves":
             train_only(model, mask)
-        optimizer = FishSparseAdamW(model.named_parameters(), lr=1e-5, mask=mask, weight_decay=0.0)
-        for _ in range(2000):
-            optimizer.zero_grad()
-            (model(x.to(model.weight.dtype)).float() - x).square().mean().backward()
-            optimizer.step()
+        optimizer = FishSparseAdamW(
+            model.named_parameters(), lr=1e-5, mask=mask, weight_decay=0.0, check_numerics=True
+        )
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(2000):
+                optimizer.zero_grad()
+                (model(x.to(model.weight.dtype)).float() - x).square().mean().backward()
+                optimizer.step()
+        said[way] = [str(w.message) for w in caught if w.category is LostUpdateWarning]
         ends[way] = model.state_dict()["weight"].float().flatten()[mask["weight"].long()]
     moved = (ends["float32"] - start.weight.float().flatten()[mask["weight"].long()]).abs().mean()
     leaves, plain = ((ends[way] - ends["float32"]).abs().mean() for way in ("leaves", "plain"))
     assert moved > 1e-2
     assert leaves < 0.1 * moved
     assert plain > 0.5 * moved
+    assert {way: len(texts) for way, texts in said.items()} == {
+        "float32": 0,
+        "leaves": 0,
+        "plain": 1,
+    }
+    assert re.search(r"\d\d of 32 entries of 'weight'.*train_only", said["plain"][0])

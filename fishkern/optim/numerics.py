@@ -1,0 +1,204 @@
+"""What a step wrote, looked at: numbers that are not finite, and updates lost in rounding.
+
+A step is made, and all of it is read back by the host at once. Nothing here runs unless
+``check_numerics=True``, and it takes the time of a few passes over the selected entries, tensor by
+tensor, and a copy of them and of their state for as long as the step lasts.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fishkern.optim.arguments import CAPTURABLE
+from fishkern.optim.calls import run
+from fishkern.optim.launch import Launch, State, is_sharded
+from fishkern.optim.roles import shorten
+from fishkern.training import leaves
+
+LEVELS = 4  # from the warning up to the call of step()
+
+
+class LostUpdateWarning(UserWarning):
+    """Weights in bfloat16 or float16 stood still, since their updates are lost in rounding.
+
+    ``FishSparseAdamW(..., check_numerics=True)`` warns so once. ``train_only`` keeps float32 values
+    of the selected entries, in which such updates add up.
+    """
+
+
+@dataclass(slots=True, eq=False)
+class Touched:
+    """A tensor that a step is going to change, and what it held before.
+
+    ``values`` are the selected entries ``[k]`` of what is written: of the parameter, or of a leaf
+    of ``train_only``, in which nothing is lost.
+    """
+
+    name: str
+    param: Tensor
+    weight: Tensor
+    index: Tensor | None  # None: every entry
+    state: dict[str, Any]
+    lr: float | Tensor
+    values: Tensor
+    saved: dict[str, Tensor]
+
+    @property
+    def has_master(self) -> bool:
+        """Whether it is a leaf, which keeps the values of a weight."""
+        return self.weight is not self.param
+
+    def now(self) -> Tensor:
+        """The entries as they are."""
+        return self.entries_of(self.param)
+
+    def entries_of(self, tensor: Tensor) -> Tensor:
+        """A copy ``[k]`` of the entries of the parameter or its gradient; a leaf has no others."""
+        return _entries(tensor, None if self.has_master else self.index)
+
+    def undo(self) -> None:
+        """Put the values and the state back."""
+        if self.has_master:
+            self.param.copy_(self.values)
+        weight = _local(self.weight)
+        if self.index is not None:
+            leaves.scatter(weight, self.index, self.values)
+        else:
+            weight.copy_(self.values.view_as(weight))
+        for key, value in self.saved.items():
+            _local(self.state[key]).copy_(value)
+
+    def stood_still(self) -> Tensor:
+        """How many entries have the bits they had, though their first moment is not zero."""
+        if self.has_master or self.weight.dtype.itemsize >= 4:
+            return torch.zeros((), dtype=torch.int64, device=self.weight.device)
+        same = self.now().view(torch.int16) == self.values.view(torch.int16)
+        moving = _local(self.state["exp_avg"]).reshape(-1) != 0
+        return (same & moving & torch.as_tensor(self.lr != 0).reshape(())).sum()
+
+    def not_finite(self) -> Tensor:
+        """How many entries have a value or a moment that is NaN or infinite."""
+        found = ~self.now().isfinite()
+        for key, value in self.state.items():
+            if key in self.saved and value.is_floating_point() and value.numel() == found.numel():
+                found |= ~_local(value).reshape(-1).isfinite()
+        return found.sum()
+
+
+class Numerics:
+    """Makes steps, and warns of what is lost in them or takes them back.
+
+    Attributes:
+        warned: Whether it has been said that updates are lost; it is said once.
+    """
+
+    def __init__(self) -> None:
+        self.warned = False
+
+    def run(
+        self,
+        launches: Sequence[tuple[Launch, dict[str, Any]]],
+        state: State,
+        amp: tuple[Tensor | None, Tensor | None],
+    ) -> None:
+        """Run the launches of one step, each with its group.
+
+        Raises:
+            RuntimeError: The step wrote NaN or infinity; it is taken back whole.
+            ValueError: A group is capturable.
+
+        Warns:
+            LostUpdateWarning: Entries of bfloat16 or float16 weights stood still.
+        """
+        if any(group["capturable"] for _, group in launches):
+            raise ValueError(CAPTURABLE)
+        touched = [entry for launch, group in launches for entry in _touched(launch, group, state)]
+        for launch, group in launches:
+            run(launch, group, *amp)
+        if not touched:
+            return
+        device = touched[0].weight.device
+        odd = [entry.not_finite() for entry in touched]
+        still = [] if self.warned else [entry.stood_still() for entry in touched]
+        counts = torch.stack([count.to(device) for count in odd + still]).tolist()  # the one read
+        if any(counts[: len(odd)]):
+            _refuse(touched, counts)
+        lost = [pair for pair in zip(counts[len(odd) :], touched, strict=False) if pair[0]]
+        if lost:
+            self.warned = True
+            warnings.warn(_message(lost), LostUpdateWarning, stacklevel=LEVELS)
+
+
+def _touched(launch: Launch, group: dict[str, Any], state: State) -> list[Touched]:
+    batch = launch.batch
+    numbers = range(len(batch.params)) if launch.some is None else launch.some
+    names = dict(zip(map(id, group["params"]), group.get("param_names") or (), strict=False))
+    found = []
+    for i in numbers:
+        param, weight = batch.params[i], batch.targets[i]
+        whole = batch.shapes[i] is None and not batch.masters
+        index = None if whole else batch.indices[i]
+        name = names.get(id(param)) or f"a parameter of shape {list(param.shape)}"
+        saved = {
+            key: _local(value).clone()
+            for key, value in state[param].items()
+            if isinstance(value, Tensor)
+        }
+        values = _entries(param, None if batch.masters else index)
+        found.append(Touched(name, param, weight, index, state[param], group["lr"], values, saved))
+    return found
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This rank's part of a DTensor."""
+    local: Tensor = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return local
+
+
+def _entries(tensor: Tensor, index: Tensor | None) -> Tensor:
+    tensor = _local(tensor).detach()
+    if index is None:
+        return tensor.flatten().clone()
+    return leaves.gather(tensor, index, tensor.dtype)
+
+
+def _refuse(touched: Sequence[Touched], counts: Sequence[int]) -> None:
+    for entry in touched:
+        entry.undo()
+    odd = [(n, entry) for n, entry in zip(counts, touched, strict=False) if n]
+    grads = [
+        entry.name
+        for _, entry in odd
+        if (g := entry.param.grad) is not None and not entry.entries_of(g).isfinite().all()
+    ]
+    why = (
+        f"with NaN or infinity in the gradients of {shorten(grads)}"
+        if grads
+        else "though the gradients are finite: their squares or the values overflow"
+    )
+    raise RuntimeError(
+        f"this step would write NaN or infinity to {_shares(odd)}, {why}. It has been taken back: "
+        f"lower lr, clip the gradients, or train float16 with torch.amp.GradScaler"
+    )
+
+
+def _message(lost: Sequence[tuple[int, Touched]]) -> str:
+    dtypes = ", ".join(sorted({str(entry.weight.dtype) for _, entry in lost}))
+    return (
+        f"updates were lost in rounding in {_shares(lost)}: they are too small to change weights "
+        f"in {dtypes}. fishkern.train_only(model, mask) keeps float32 values of the selected "
+        f"entries, in which they add up; or raise lr. This is said once"
+    )
+
+
+def _shares(pairs: Sequence[tuple[int, Touched]]) -> str:
+    """The tensors with the largest shares, and how many of how many entries."""
+    ranked = sorted(pairs, key=lambda pair: -pair[0] / pair[1].values.numel())
+    shown = ", ".join(f"{n} of {e.values.numel()} entries of {e.name!r}" for n, e in ranked[:5])
+    return shown + (f" and in {len(ranked) - 5} more tensors" if len(ranked) > 5 else "")
