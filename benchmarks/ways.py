@@ -18,6 +18,7 @@ from benchmarks.harness import Missing
 from benchmarks.workloads import require
 
 FISHKERN, FISHKERN_DENSE = "fishkern", "fishkern, dense gradients"
+FISHKERN_COLUMNS = "fishkern, max_columns=0.1"
 FUSED, FLOOR = "AdamW(fused)", "input gradients alone"
 LORA_EQUAL, LORA_8, LORA_ALL = "LoRA, as many weights", "LoRA r=8", "LoRA r=8, all linears"
 LORA_FA, SHIRA, SUPERTUNING, BADAM = "LoRA-FA r=8", "SHiRA", "Super-Tuning", "BAdam"
@@ -30,16 +31,20 @@ RANK = 8
 
 def selected_entries(work: Finetuning) -> Trainer:
     """The mask's entries as the only trainable parameters."""
-    trainer = work.trainer()
-    fishkern.train_only(trainer.model, work.mask, unlisted="train")
-    return _with_fish_optimizer(trainer, work)
+    return _train_only(work, work.mask)
+
+
+def entries_of_few_columns(work: Finetuning) -> Trainer:
+    """As many entries, from the best tenth of each matrix's columns."""
+    mask = fishkern.select(work.scores, k=work.mask.num_selected, max_columns=0.1)
+    return _train_only(work, mask.to(work.batch["labels"].device))
 
 
 def selected_entries_of_dense(work: Finetuning) -> Trainer:
     """The mask's entries, from dense gradients."""
     trainer = work.trainer()
     train_only_these(trainer.model, work.layers + work.head)
-    return _with_fish_optimizer(trainer, work)
+    return _with_fish_optimizer(trainer, work.mask)
 
 
 def every_weight(work: Finetuning) -> Trainer:
@@ -132,6 +137,7 @@ def badam(work: Finetuning) -> Trainer:
 
 WAYS: dict[str, Callable[[Finetuning], Trainer]] = {
     FISHKERN: selected_entries,
+    FISHKERN_COLUMNS: entries_of_few_columns,
     FISHKERN_DENSE: selected_entries_of_dense,
     FUSED: every_weight,
     LORA_EQUAL: lora_of_as_many,
@@ -145,9 +151,16 @@ WAYS: dict[str, Callable[[Finetuning], Trainer]] = {
 }
 
 
-def _with_fish_optimizer(trainer: Trainer, work: Finetuning) -> Trainer:
+def _train_only(work: Finetuning, mask: fishkern.SparseMask) -> Trainer:
+    trainer = work.trainer()
+    fishkern.train_only(trainer.model, mask, unlisted="train")
+    return _with_fish_optimizer(trainer, mask)
+
+
+def _with_fish_optimizer(trainer: Trainer, mask: fishkern.SparseMask) -> Trainer:
+    trainer.mask = mask
     trainer.optimizer = fishkern.FishSparseAdamW(
-        trainer.model.named_parameters(), mask=work.mask, unlisted="train", **RATE
+        trainer.model.named_parameters(), mask=mask, unlisted="train", **RATE
     )
     return trainer
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import fishkern
-from benchmarks import glue, ways
+from benchmarks import glue, mask_shares, ways
 from benchmarks.cases import training_step
 from benchmarks.cases.training_step import TrainingStep, bytes_per_entry
 from benchmarks.finetuning import Trainer, finetuning, storages, tensors_of
@@ -84,6 +84,7 @@ def tiny():
 
 TRAINED = {
     ways.FISHKERN: 854,
+    ways.FISHKERN_COLUMNS: 854,
     ways.FISHKERN_DENSE: 854,
     ways.FUSED: 17_088,  # two layers of 4 (32 x 32 + 32) + 2 x 32 x 64 + 96 + 4 x 32
     ways.LORA_EQUAL: 3 * 4 * 64,  # the rank next to 854 / 256
@@ -191,6 +192,18 @@ def test_a_task_file_is_read_whole(monkeypatch, tmp_path):
     assert sorted(zip(*texts, labels.tolist(), strict=True)) == [
         (f'say "{i}', "yes", i % 2) for i in range(5)
     ]
+
+
+def test_the_table_of_shares_says_what_is_missing(monkeypatch, capsys):
+    monkeypatch.setenv("GLUE_DIR", "")
+    glue.scores.cache_clear()
+    glue.warmed_up.cache_clear()
+    assert mask_shares.main(["--task", "sst2", "--threads", str(torch.get_num_threads())]) == 0
+    head, rule, *rows = capsys.readouterr().out.splitlines()
+    assert head == "| task | score | 0.05 % | 0.5 % | 5 % |"
+    assert len(rows) == 3
+    assert all("not" in row for row in rows)
+    assert {line.replace("\\|", "").count("|") for line in (head, rule, *rows)} == {6}
 
 
 def test_the_targets_speak_of_what_is_measured():

@@ -13,6 +13,7 @@ from benchmarks.harness import Case, Config, Run, Target, Times, Wrong
 from benchmarks.ways import (
     BADAM,
     FISHKERN,
+    FISHKERN_COLUMNS,
     FISHKERN_DENSE,
     FLOOR,
     FUSED,
@@ -22,6 +23,7 @@ from benchmarks.ways import (
 )
 
 TOLERANCE = 1e-5
+FISHKERNS = (FISHKERN, FISHKERN_COLUMNS, FISHKERN_DENSE)
 SMALL = {"batch": 3, "tokens": 9}  # of the gate
 BASE = {"batch": 32, "tokens": 64, "dtype": "float32", "attention": "sdpa"}
 
@@ -84,7 +86,7 @@ class TrainingStep(Case):
         work = finetuning({**config, **SMALL}, device)
         trainer = WAYS[contender](work)
         trainer.model.eval()
-        if contender in (FISHKERN, FISHKERN_DENSE, FUSED):
+        if trainer.mask is not None or contender == FUSED:
             check_gradients(trainer, work)
         check_step(trainer, work, contender)
 
@@ -141,7 +143,7 @@ def check_gradients(trainer: Trainer, work: Finetuning) -> None:
     for name, expected in truth.items():
         grad = found.get(name)
         if handle is not None:
-            expected = expected[work.mask[name].long()]
+            expected = expected[trainer.mask[name].long()]
         if grad is None:
             if len(expected):
                 raise Wrong(f"{name} has no gradient")
@@ -156,7 +158,8 @@ def check_gradients(trainer: Trainer, work: Finetuning) -> None:
 
 def check_step(trainer: Trainer, work: Finetuning, way: str) -> None:
     """A step changes whatever has a gradient, and of the model nothing else than it should."""
-    if way in (FISHKERN, FISHKERN_DENSE) and trainer.trained != work.mask.num_selected:
+    mask = trainer.mask
+    if way in FISHKERNS and trainer.trained != work.mask.num_selected:
         raise Wrong(f"trains {trainer.trained} weights, not {work.mask.num_selected}")
     base = {name: p.detach().clone() for name, p in trainer.base.items()}
     trainer.model(**work.batch).loss.backward()
@@ -165,8 +168,8 @@ def check_step(trainer: Trainer, work: Finetuning, way: str) -> None:
     for param in trainer.model.parameters():
         if param.grad is not None:
             has_gradient = (param.grad != 0).flatten()
-            if way == FISHKERN_DENSE and (name := names[id(param)]) in work.mask:
-                has_gradient &= work.mask.dense(name).flatten()
+            if mask is not None and (name := names.get(id(param), "")) in mask:
+                has_gradient &= mask.dense(name).flatten()
             moving[param] = (has_gradient, param.detach().clone())
     trainer.optimizer.step()
     for param, (has_gradient, value) in moving.items():
@@ -176,7 +179,7 @@ def check_step(trainer: Trainer, work: Finetuning, way: str) -> None:
         changed = (trainer.base[name] != value).flatten()
         if name in work.head:
             continue
-        if name in work.mask and way in (FISHKERN, FISHKERN_DENSE):
-            changed[work.mask[name].long()] = False
+        if mask is not None and name in mask:
+            changed[mask[name].long()] = False
         if changed.any() and not (name in work.mask and way in (FUSED, BADAM)):
             raise Wrong(f"{name}: {int(changed.sum())} entries have changed that are not trained")
