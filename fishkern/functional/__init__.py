@@ -21,6 +21,7 @@ from fishkern.functional.selected_grad import (
     linear_selected_grad_,
     plan_selected_grad,
     restrict_columns,
+    restrict_rows,
 )
 from fishkern.functional.topk import topk_indices
 
@@ -37,5 +38,6 @@ __all__ = [
     "plan_selected_grad",
     "quantize_moment",
     "restrict_columns",
+    "restrict_rows",
     "topk_indices",
 ]

@@ -45,7 +45,30 @@ def restrict_columns(indices: Tensor, shape: tuple[int, int]) -> tuple[Tensor, T
     return columns.to(indices.dtype), (row * len(columns) + place).to(indices.dtype)
 
 
-def _restrict_rows(indices: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def restrict_rows(indices: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """The rows that hold a selected entry, and the entries' positions among these rows.
+
+    As ``restrict_columns``, for ``grad_out[..., rows]`` - or for the input of a layer whose weight
+    is transposed, ``[I, O]``.
+
+    Args:
+        indices: Ascending flat positions in the weight, int32 or int64 ``[k]``.
+        shape: The weight's.
+
+    Returns:
+        ``rows``, ascending ``[R]``, and ascending flat positions in ``[R, shape[1]]``, both of the
+        dtype of ``indices``.
+
+    Raises:
+        ValueError: ``indices`` are out of range, not ascending, or not 1-D.
+        TypeError: ``indices`` are not int32 or int64.
+
+    Example:
+        >>> import torch
+        >>> restrict_rows(torch.tensor([1, 3, 9, 11]), (3, 4))  # rows 0, 0, 2, 2
+        (tensor([0, 2]), tensor([1, 3, 5, 7]))
+    """
+    _check_indices(indices, shape)
     row, column = _rows_and_columns(indices, shape)
     rows, place = _used(row, shape[0])
     return rows.to(indices.dtype), (place * shape[1] + column).to(indices.dtype)
@@ -139,7 +162,7 @@ def plan_selected_grad(
     if route is not None and route not in ROUTES:
         raise ValueError(f"no route is named {route!r}: choose one of {', '.join(ROUTES)}")
     columns, in_columns = restrict_columns(indices, shape)
-    rows, in_rows = _restrict_rows(indices, shape)
+    rows, in_rows = restrict_rows(indices, shape)
     if indices.device.type == "cpu":
         costs = _cpu_costs(len(indices), shape, len(rows), len(columns), dtype)
     else:

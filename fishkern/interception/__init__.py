@@ -16,6 +16,7 @@ from fishkern.interception.capture import (
 )
 from fishkern.interception.rules import (
     Rule,
+    Selection,
     original_class,
     register_rule,
     registered,
@@ -24,6 +25,7 @@ from fishkern.interception.rules import (
 
 __all__ = [
     "Rule",
+    "Selection",
     "Site",
     "conv",
     "embedding",

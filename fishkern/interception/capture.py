@@ -33,6 +33,8 @@ class Site:
     names: Mapping[str, str]  # local name -> name in the model, of the parameters concerned
     consume: Consumer
     called: Callable[[Site, Tensor], Tensor] | None = None  # at each call; returns the input
+    # What of the input the consumer needs, in the dtype that the layer computes in; None: all.
+    keep: Callable[[Tensor, torch.dtype], Tensor] | None = None
 
 
 class _Intercepted(torch.autograd.Function):
@@ -46,11 +48,15 @@ class _Intercepted(torch.autograd.Function):
         ctx.num_anchors = len(tensors) - num_params
         ctx.autocast = (device, torch.get_autocast_dtype(device), autocast)
         ctx.set_materialize_grads(False)
-        if autocast and site.rule.autocasts and x.dtype != torch.float64:
+        given, dtype = x, x.dtype
+        if autocast and site.rule.autocasts and dtype != torch.float64:
             # The layer would cast its input: keep the cast, as the ordinary graph does.
-            x = x.to(torch.get_autocast_dtype(device))
+            dtype = torch.get_autocast_dtype(device)
+            x = x.to(dtype)
         kept = x
-        if site.names and not site.rule.reads_input(site.names):
+        if site.keep is not None:
+            kept = site.keep(given, dtype)
+        elif site.names and not site.rule.reads_input(site.names):
             kept = x.new_zeros(()).expand(x.shape)  # only the shape: x may be changed in place
         # The parameters are kept so that autograd notices if somebody writes to them.
         ctx.save_for_backward(kept, *tensors[:num_params])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fishkern.functional import embedding_fisher_
-from fishkern.interception.rules import NO_MASKS, Rule, register_rule
+from fishkern.interception.rules import NO_MASKS, Rule, Selection, register_rule
 
 
 class EmbeddingRule(Rule):
@@ -40,6 +40,31 @@ class EmbeddingRule(Rule):
             grad_out, x, len(weight), padding, False
         )
         return grad
+
+    def selected_grad(
+        self, module: nn.Module, name: str, selection: Selection, x: Tensor, grad_out: Tensor
+    ) -> Tensor:
+        """The gradients of each id's occurrences, added up; then what is selected of them.
+
+        Nothing of the embedding's size is made: the sums lie at the first places of the ids in
+        their order, ``[NT, H]``, and the selected tokens are looked up there.
+        """
+        embedding, width = _embedding(module), grad_out.shape[-1]
+        ids = x.reshape(-1)
+        if not len(ids):
+            return grad_out.new_zeros(len(selection.indices))
+        in_order = ids.sort().values
+        place = torch.searchsorted(in_order, ids)
+        sums = torch.ops.aten.embedding_dense_backward(
+            grad_out.reshape(-1, width), place, len(ids), -1, False
+        )
+        token = selection.indices.div(width, rounding_mode="floor")
+        place = torch.searchsorted(in_order, token.to(ids.dtype)).clamp_(max=len(ids) - 1)
+        counts = in_order[place] == token
+        if embedding.padding_idx is not None:
+            counts &= token != embedding.padding_idx
+        selected = sums.view(-1)[place * width + selection.indices % width]
+        return torch.where(counts, selected, 0.0)
 
     def sample_grads(self, module: nn.Module, x: Tensor, grad_out: Tensor) -> dict[str, Tensor]:
         """A dense ``[N, V, H]``, mostly zeros: scoring does without."""

@@ -4,10 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+import torch
 from torch import Tensor, nn
 
-from fishkern.functional import linear_fisher_, norm_fisher_
-from fishkern.interception.rules import NO_MASKS, Rule, register_rule
+from fishkern.functional import (
+    linear_fisher_,
+    linear_selected_grad_,
+    norm_fisher_,
+    plan_selected_grad,
+    restrict_columns,
+    restrict_rows,
+)
+from fishkern.functional.selected_grad import SelectedGradPlan
+from fishkern.interception.rules import NO_MASKS, Rule, Selection, register_rule
+
+# A larger share of the input's features than this is kept as it is: a copy would save too little.
+_MOST = 0.75
 
 
 class LinearRule(Rule):
@@ -31,6 +43,26 @@ class LinearRule(Rule):
         """``sum_nt grad_out x^T``; for the bias ``sum_nt grad_out``."""
         g = grad_out.reshape(-1, grad_out.shape[-1])
         return g.sum(0) if name == "bias" else g.T @ x.reshape(-1, x.shape[-1]).to(g.dtype)
+
+    def prepare(self, module: nn.Module, name: str, indices: Tensor) -> Selection:
+        """The columns of the weight that are selected from, and the route to their entries."""
+        if name == "bias":
+            return Selection(indices, columns=indices[:0])
+        size_o, size_i = (weight := _weight(module)).shape
+        columns, restricted = restrict_columns(indices, (size_o, size_i))
+        if len(columns) > _MOST * size_i:
+            plan = plan_selected_grad(indices, (size_o, size_i), dtype=weight.dtype)
+            return Selection(indices, plan=plan)
+        plan = plan_selected_grad(restricted, (size_o, len(columns)), dtype=weight.dtype)
+        return Selection(indices, columns, plan)
+
+    def selected_grad(
+        self, module: nn.Module, name: str, selection: Selection, x: Tensor, grad_out: Tensor
+    ) -> Tensor:
+        """``(sum_nt grad_out x^T).flatten()[indices]``, and no more of it than has to be."""
+        if name == "bias":
+            return _selected_sums(selection, grad_out)
+        return _selected_grad(selection, x, grad_out)
 
     def sample_grads(self, module: nn.Module, x: Tensor, grad_out: Tensor) -> dict[str, Tensor]:
         """``sum_t grad_out x^T``; for the bias ``sum_t grad_out``."""
@@ -82,6 +114,26 @@ class Conv1DRule(Rule):
         g = grad_out.reshape(-1, grad_out.shape[-1])
         return g.sum(0) if name == "bias" else x.reshape(-1, x.shape[-1]).to(g.dtype).T @ g
 
+    def prepare(self, module: nn.Module, name: str, indices: Tensor) -> Selection:
+        """The rows of the weight that are selected from: its columns are the layer's outputs."""
+        if name == "bias":
+            return Selection(indices, columns=indices[:0])
+        size_i, size_o = (weight := _weight(module)).shape
+        rows, restricted = restrict_rows(indices, (size_i, size_o))
+        if len(rows) > _MOST * size_i:
+            plan = plan_selected_grad(indices, (size_i, size_o), dtype=weight.dtype)
+            return Selection(indices, plan=plan)
+        plan = plan_selected_grad(restricted, (len(rows), size_o), dtype=weight.dtype)
+        return Selection(indices, rows, plan)
+
+    def selected_grad(
+        self, module: nn.Module, name: str, selection: Selection, x: Tensor, grad_out: Tensor
+    ) -> Tensor:
+        """The linear layer's with the two sides exchanged."""
+        if name == "bias":
+            return _selected_sums(selection, grad_out)
+        return _selected_grad(selection, grad_out, x)
+
     def sample_grads(self, module: nn.Module, x: Tensor, grad_out: Tensor) -> dict[str, Tensor]:
         """``sum_t x grad_out^T``; for the bias ``sum_t grad_out``."""
         return {"weight": x.to(grad_out.dtype).mT @ grad_out, "bias": grad_out.sum(1)}
@@ -115,6 +167,27 @@ def bias_fisher_(
     ``sample_scores[n]`` gets the same squares, summed over the mask ``[O]``.
     """
     norm_fisher_(None, fisher, None, grad_out, sample_scores=sample_scores, bias_mask=mask)
+
+
+def _selected_sums(selection: Selection, grad_out: Tensor) -> Tensor:
+    """``sum_nt grad_out`` of the selected features."""
+    g, indices = grad_out.reshape(-1, grad_out.shape[-1]), selection.indices
+    if len(indices) > g.shape[1] // 8:
+        return g.sum(0)[indices]
+    return g.index_select(1, indices).sum(0)  # less to read
+
+
+def _selected_grad(selection: Selection, x: Tensor, grad_out: Tensor) -> Tensor:
+    plan = selection.plan
+    assert isinstance(plan, SelectedGradPlan)
+    if torch.float64 in (x.dtype, grad_out.dtype):  # which no kernel has
+        g = grad_out if plan.rows is None else grad_out[..., plan.rows]
+        x = x if plan.columns is None else x[..., plan.columns]
+        dense = g.reshape(-1, g.shape[-1]).T @ x.reshape(-1, x.shape[-1]).to(g.dtype)
+        return dense.view(-1)[plan.indices]
+    selected = grad_out.new_zeros(len(plan.indices), dtype=torch.float32)
+    linear_selected_grad_(selected, x, grad_out, plan)
+    return selected
 
 
 def _weight(module: nn.Module) -> Tensor:

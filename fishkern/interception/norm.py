@@ -148,9 +148,6 @@ class BatchNormRule(Rule):
     gradient of a sample's own.
     """
 
-    # A gradient depends on the mode, too, and on averages that the next forward pass moves.
-    scoring_only = True
-
     def covers(self, module: nn.Module) -> bool:
         """Where it normalises with running averages."""
         return not module.training and module._buffers["running_mean"] is not None

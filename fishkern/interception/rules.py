@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from types import MappingProxyType
 from typing import ClassVar
@@ -16,14 +17,31 @@ _RULES: dict[str, Rule] = {}
 NO_MASKS: Mapping[str, Tensor | None] = MappingProxyType({})
 
 
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """Selected entries of one parameter, as its rule prepared them, once for a mask.
+
+    Attributes:
+        indices: Flat positions in the parameter, ascending ``[k]``.
+        columns: Those features of the layer's input, ascending ``[C]``, that their gradient needs;
+            None: all. A rule that names columns reads no x in ``input_grad``.
+        plan: What else the rule worked out.
+    """
+
+    indices: Tensor
+    columns: Tensor | None = None
+    plan: object = None
+
+
 class Rule:
     """How a layer's gradients follow from its input x and the gradient grad_out at its output.
 
     One method is needed, ``sample_grads``; the others have defaults made of it and of the layer's
-    own forward, to be replaced where there is a cheaper way. A rule is stateless: it serves every
-    module of its type, for scoring and for training. ``params`` names the module's parameters that
-    it covers. A ``fisher_`` of the rule's own has to take ``sample_scores`` and ``masks``, which
-    the self-check and sums by sample give it; where it is left out, the default does so.
+    own forward, to be replaced where there is a cheaper way. With a ``selected_grad`` the rule
+    serves ``train_only``, too, which otherwise leaves the layer's gradients to autograd. A rule is
+    stateless: it serves every module of its type. ``params`` names the module's parameters that it
+    covers. A ``fisher_`` of the rule's own has to take ``sample_scores`` and ``masks``, which the
+    self-check and sums by sample give it; where it is left out, the default does so.
 
     Example:
         A layer that scales its features:
@@ -50,9 +68,6 @@ class Rule:
     autocasts: ClassVar[bool] = False
     #: Whether an input of length 1 in dimension 0 (position ids) may stand for every sample.
     broadcasts: ClassVar[bool] = False
-    #: Whether ``train_only`` leaves such modules to autograd: their gradients depend on what may
-    #: change between the passes, as a mode.
-    scoring_only: ClassVar[bool] = False
 
     def covers(self, module: nn.Module) -> bool:
         """Whether this module, of the rule's type, is one that the rule describes.
@@ -137,6 +152,33 @@ class Rule:
         x = _one_sample(x, self.input_dims(module))
         grad_out = _one_sample(grad_out, self.output_dims(module))
         return self.sample_grads(module, x, grad_out)[name][0]
+
+    @property
+    def selects(self) -> bool:
+        """Whether ``train_only`` runs such layers by this rule: if it has a ``selected_grad``.
+
+        Other layers' dense gradients are formed by autograd, which is good at it, and freed.
+        """
+        return type(self).selected_grad is not Rule.selected_grad
+
+    def prepare(self, module: nn.Module, name: str, indices: Tensor) -> Selection:
+        """Work out, once for a mask, how one parameter's selected entries get their gradient."""
+        return Selection(indices)
+
+    def selected_grad(
+        self, module: nn.Module, name: str, selection: Selection, x: Tensor, grad_out: Tensor
+    ) -> Tensor:
+        """The selected entries of one parameter's gradient, ``[k]``.
+
+        Args:
+            module: The layer.
+            name: The parameter's local name.
+            selection: What ``prepare`` returned for it.
+            x: The input in any layout: only ``selection.columns`` of its features, if they are
+                named.
+            grad_out: The gradient at the output.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no selected_grad")
 
     def input_grad(self, module: nn.Module, x: Tensor, grad_out: Tensor) -> Tensor:
         """The gradient at x; by default the layer's forward is computed again for it."""

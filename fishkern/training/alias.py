@@ -9,14 +9,22 @@ layers that nobody has heard of therefore train exactly what they should.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fishkern.interception import Site, original_class, registered, run_intercepted, subclass
-from fishkern.training.leaves import CHILD, INDICES, gather
+from fishkern.interception import (
+    Rule,
+    Site,
+    original_class,
+    registered,
+    run_intercepted,
+    subclass,
+)
+from fishkern.training.inputs import Reader, Use
+from fishkern.training.leaves import CHILD, INDICES
 
 
 class Alias(torch.autograd.Function):
@@ -138,32 +146,26 @@ def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     }
     if not all(isinstance(p, nn.Parameter) for p in (*params.values(), *anchors.values())):
         return cls.forward(self, *args)  # functional_call lends others: an ordinary use
-    selected = {
-        name: (leaves._buffers.get(name + INDICES), anchor.dtype)
-        for name, anchor in anchors.items()
-    }
-    site = Site(self, rule, {}, functools.partial(_selected_gradients, selected))
-    return run_intercepted(site, args[0], list(anchors.values()))
+    reader = _reader(self, rule, {name: leaves._buffers.get(name + INDICES) for name in anchors})
+    use = Use(reader, {name: anchor.dtype for name, anchor in anchors.items()})
+    return run_intercepted(
+        Site(self, rule, {}, use, keep=use.keep), args[0], list(anchors.values())
+    )
+
+
+def _reader(module: nn.Module, rule: Rule, indices: dict[str, Tensor | None]) -> Reader:
+    """The module as a reader, made in its first forward with these indices."""
+    leaves: Any = module._modules[CHILD]
+    reader: Reader | None = leaves.reader
+    if reader is None or not reader.serves(indices):
+        leaves.reader = reader = Reader(module, rule, indices)
+    return reader
 
 
 def is_traced() -> bool:
     """Whether a compiler or torch.func looks on, which want operations that they know."""
     active: bool = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     return active
-
-
-def _selected_gradients(
-    selected: Mapping[str, tuple[Tensor | None, torch.dtype]],
-    site: Site,
-    x: Tensor,
-    grad_out: Tensor,
-) -> list[Tensor]:
-    """Each leaf's gradient: the dense one is formed, gathered from, and freed."""
-    grads = []
-    for name, (indices, dtype) in selected.items():
-        grad = site.rule.param_grad(site.module, name, x, grad_out)
-        grads.append(grad.to(dtype) if indices is None else gather(grad, indices, dtype))
-    return grads
 
 
 def _rebuild(cls: Any, names: tuple[str, ...], by_rule: bool) -> nn.Module:

@@ -103,6 +103,7 @@ class Leaves(nn.Module):
         self._owner = [owner]  # in a list, so that it is not taken for a child
         self._seen: dict[str, tuple[int, int, int]] = {}
         self._shapes: dict[str, torch.Size] = {}
+        self.reader: Any = None  # how the owner reads its input, found out in its first forward
 
     def add(self, name: str, leaf: nn.Parameter, indices: Tensor) -> None:
         """Take over the owner's weight ``name``."""
@@ -208,6 +209,9 @@ class Leaves(nn.Module):
         self._register()
         self._seen.clear()
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "reader": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

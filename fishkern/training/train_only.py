@@ -328,7 +328,7 @@ class Handle:
                     child.add(local, leaves[name], indices)
             names = tuple(local for local, _ in entries)
             rule = rule_for(module)
-            by_rule = rule is not None and not rule.scoring_only and set(names) <= set(rule.params)
+            by_rule = rule is not None and rule.selects and set(names) <= set(rule.params)
             child.__dict__[_ATTACHMENT] = self  # so that any part of the model leads here
             module._modules[CHILD] = child
             exchange_class(module, owner_members(names, by_rule))

@@ -1,0 +1,147 @@
+"""What a layer keeps of its input: the columns that its selected entries need.
+
+The gradient of a weight at an entry of column i needs feature i of the input alone. So of an input
+``[N, T, I]`` only ``x[..., columns]`` has to live until the backward pass. Several layers may read
+one tensor - query, key and value of attention, both branches of a gated MLP - and then the columns
+of all of them are gathered and kept once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fishkern.interception import Rule, Selection, Site
+
+_KEPT = "_fishkern_kept"  # an attribute of the input, so that it goes with it
+
+
+class Reader:
+    """A module with selected entries, as a reader of its input.
+
+    Args:
+        module: The module.
+        rule: Its rule.
+        indices: Flat positions by the local names of the parameters; None: one is trained whole.
+    """
+
+    def __init__(self, module: nn.Module, rule: Rule, indices: Mapping[str, Tensor | None]) -> None:
+        self.indices = indices
+        self.selections = {
+            name: Selection(torch.empty(0)) if selected is None
+            else rule.prepare(module, name, selected)
+            for name, selected in indices.items()
+        }  # fmt: skip
+        self._company = _Company([self], _union(s.columns for s in self.selections.values()))
+
+    @property
+    def columns(self) -> Tensor | None:
+        """What is kept of the input, ascending ``[C]``: all if None."""
+        return self._company.columns
+
+    def serves(self, indices: Mapping[str, Tensor | None]) -> bool:
+        """Whether it was made for these very tensors."""
+        return self.indices.keys() == indices.keys() and all(
+            self.indices[name] is selected for name, selected in indices.items()
+        )
+
+    def keep(self, x: Tensor, dtype: torch.dtype) -> Kept:
+        """The columns of x in this dtype; if another reader has kept them of x already, those."""
+        found: _Found | None = getattr(x, _KEPT, None)
+        if found is not None and found.version == x._version:
+            if found.reader._company is not self._company:
+                found.reader._join(self)
+            elif found.kept.columns is self.columns and found.kept.values.dtype == dtype:
+                return found.kept
+        if self.columns is None:
+            return Kept(x.to(dtype), None)
+        kept = Kept(_gathered(x, self.columns).to(dtype), self.columns)
+        setattr(x, _KEPT, _Found(kept, x._version, self))
+        return kept
+
+    def _join(self, other: Reader) -> None:
+        """Keep the same columns as another reader from now on."""
+        readers = [*self._company.readers, *other._company.readers]
+        company = _Company(readers, _union((self.columns, other.columns)))
+        for reader in readers:
+            reader._company = company
+
+
+class Kept(NamedTuple):
+    """What is left of an input: ``[*, C]``, and which features these are (None: all)."""
+
+    values: Tensor
+    columns: Tensor | None
+
+    def narrowed(self, columns: Tensor | None) -> Tensor:
+        """Some of the features that were kept."""
+        if columns is None or columns is self.columns:
+            return self.values
+        if self.columns is not None:
+            columns = torch.searchsorted(self.columns, columns)
+        return _gathered(self.values, columns)
+
+
+class _Found(NamedTuple):
+    kept: Kept
+    version: int  # the input's: it may be changed in place between two readers
+    reader: Reader
+
+
+@dataclass(frozen=True, eq=False)
+class _Company:
+    """The readers of one tensor, and the columns that any of them needs."""
+
+    readers: Sequence[Reader]
+    columns: Tensor | None
+
+
+class Use:
+    """One call of a module in training, as the consumer of what is intercepted.
+
+    Args:
+        reader: The module as a reader.
+        dtypes: Those of the gradients to be made, by the parameters' local names.
+    """
+
+    def __init__(self, reader: Reader, dtypes: Mapping[str, torch.dtype]) -> None:
+        self._reader, self._dtypes = reader, dtypes
+        self._columns: Tensor | None = None
+
+    def keep(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """What the backward pass needs of the input."""
+        kept = self._reader.keep(x, dtype)
+        self._columns = kept.columns
+        return kept.values
+
+    def __call__(self, site: Site, x: Tensor, grad_out: Tensor) -> list[Tensor]:
+        """The gradients of the leaves, and of the parameters that are trained whole."""
+        kept, grads = Kept(x, self._columns), []
+        for name, dtype in self._dtypes.items():
+            if self._reader.indices[name] is None:
+                grad = site.rule.param_grad(site.module, name, x, grad_out)
+            else:
+                selection = self._reader.selections[name]
+                x = kept.narrowed(selection.columns)
+                grad = site.rule.selected_grad(site.module, name, selection, x, grad_out)
+            grads.append(grad.to(dtype))
+        return grads
+
+
+def _gathered(x: Tensor, columns: Tensor) -> Tensor:
+    """``x[..., columns]``, by torch's faster way, which is for matrices."""
+    flat = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    return flat.index_select(1, columns).view(*x.shape[:-1], len(columns))
+
+
+def _union(sets: Iterable[Tensor | None]) -> Tensor | None:
+    """All columns of several sets, ascending; None, which stands for all, if one is None."""
+    found = list(sets)
+    parts = [columns for columns in found if columns is not None]
+    if len(parts) < len(found):
+        return None
+    return parts[0] if len(parts) == 1 else torch.unique(torch.cat(parts))
