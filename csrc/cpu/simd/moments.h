@@ -68,7 +68,8 @@ inline uint8_t encode(uint32_t bits, uint32_t scale, uint32_t up) {
   if (kSigned) {
     code += bits >> 24 & 0x80u;
   } else {
-    code = code == 0 && exponent > 0 ? 1 : code;  // the update divides by its root
+    const uint32_t least = exponent > 0 ? 1 : 0;  // the update divides by its root
+    code = code > least ? code : least;           // a maximum is what compilers vectorize
   }
   return static_cast<uint8_t>(code);
 }
