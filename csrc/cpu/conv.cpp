@@ -2,13 +2,15 @@
 //
 // A convolution's Fisher accumulation is that of a linear layer, with the output's positions as
 // tokens and the kernel's entries as features. The patches are packed from the input where it lies
-// (simd/fisher_window.h). Groups are problems side by side.
+// (simd/fisher_window.h). Groups are problems side by side; those of a single channel, which would
+// be products of almost nothing, have sums of their own (depthwise.h).
 
 #include <torch/csrc/stable/library.h>
 
 #include <optional>
 #include <vector>
 
+#include "cpu/depthwise.h"
 #include "cpu/fisher_blocks.h"
 #include "cpu/tensors.h"
 
@@ -18,6 +20,9 @@ namespace {
 using torch::stable::Tensor;
 
 constexpr const char* kOp = "conv_fisher_";
+
+// Groups of one channel and at most so many outputs are summed, not multiplied as matrices.
+constexpr int64_t kDepthwiseOutputs = 2;
 
 Tensor reshaped(const Tensor& tensor, const std::vector<int64_t>& shape) {
   return torch::stable::reshape(tensor, {shape.data(), shape.size()});
@@ -90,6 +95,34 @@ void conv_fisher_(Tensor fisher, Tensor x, Tensor grad_out, std::optional<Tensor
   set_last(window.steps, {input.strides().begin() + 3, input.strides().end()});
 
   const int64_t outputs = num_outputs / groups;
+  const auto copy_back = [&] {
+    if (flat.const_data_ptr() != fisher.const_data_ptr())
+      torch::stable::copy_(fisher, reshaped(flat, weight_shape));
+  };
+  const int64_t score_stride = sample_scores ? sample_scores->stride(0) : 0;
+  if (fisher.size(1) == 1 && outputs <= kDepthwiseOutputs) {
+    depthwise::Problem problem{.grad = operand(grad),
+                               .x = input.const_data_ptr(),
+                               .x_dtype = operand_dtype(input),
+                               .x_sample_stride = input.stride(0),
+                               .window = window,
+                               .samples = num_samples,
+                               .calls = num_calls,
+                               .multiplier = outputs,
+                               .fisher = static_cast<float*>(flat.mutable_data_ptr()),
+                               .row_stride = flat.stride(0),
+                               .col_stride = flat.stride(1)};
+    if (sample_scores && mask) {
+      problem.mask = static_cast<const bool*>(flat_mask->const_data_ptr());
+      problem.mask_row_stride = flat_mask->stride(0);
+      problem.mask_col_stride = flat_mask->stride(1);
+    }
+    problem.bias = bias_data;
+    problem.bias_stride = bias_fisher ? bias_fisher->stride(0) : 0;
+    depthwise::compute(problem, score_data, score_stride);
+    copy_back();
+    return;
+  }
   Side rows{operand(grad)};
   rows.size = outputs;
   rows.bias = bias_data;
@@ -122,9 +155,8 @@ void conv_fisher_(Tensor fisher, Tensor x, Tensor grad_out, std::optional<Tensor
     if (bias_data) problem.rows.bias += outputs * rows.bias_stride;
     if (problem.mask) problem.mask += outputs * problem.mask_row_stride;
   }
-  compute(std::move(problems), score_data, sample_scores ? sample_scores->stride(0) : 0);
-  if (flat.const_data_ptr() != fisher.const_data_ptr())
-    torch::stable::copy_(fisher, reshaped(flat, weight_shape));
+  compute(std::move(problems), score_data, score_stride);
+  copy_back();
 }
 
 }  // namespace

@@ -62,6 +62,9 @@ CASES = {
     "groups": Case((5, 6), (3, 3), 2, 3, groups=3, padding=1),
     "depthwise": Case((6, 6), (3, 3), groups=7, padding=1),
     "depthwise, multiplied": Case((6,), (3,), outputs=2, groups=5, stride=2),
+    "depthwise, strided": Case((9, 8), (3, 4), groups=3, stride=(2, 3), padding=2, dilation=(2, 1)),
+    "depthwise, 3-D": Case((4, 3, 5), (2, 3, 2), groups=4, stride=(1, 2, 3), padding=(1, 0, 2)),
+    "depthwise calls": Case((7,), (3,), outputs=2, groups=3, padding=1, calls=(2,)),
     "1-D": Case((17,), (5,), 3, 7, stride=2, padding=2),
     "1-D, long kernel": Case((30,), (11,), 4, 4, groups=2, padding=5),
     "3-D": Case((3, 4, 5), (2, 3, 3), 2, 4, stride=(1, 2, 1), padding=(1, 0, 1)),
@@ -74,7 +77,8 @@ LARGE_CASES = {
     "many features": Case((5, 4), (3, 3), 50, 131, padding=1, samples=2),
     "many positions": Case((17, 19), (3, 3), 3, 9, padding=1, samples=2),
     "few features": Case((17, 19), (1, 1), 4, 300, samples=2),
-    "many groups": Case((12, 12), (3, 3), 1, 1, groups=40, padding=1, samples=2),
+    "many groups": Case((12, 12), (3, 3), 2, 2, groups=20, padding=1, samples=2),
+    "depthwise": Case((25, 22), (7, 7), groups=40, padding=3, stride=(1, 2), samples=2),
 }
 
 
@@ -234,7 +238,10 @@ def poisoned(tensor, *, step=2):
     return view.copy_(tensor)
 
 
-@pytest.mark.parametrize("name", ["odd", "groups", "padding wider than the input", "calls", "3-D"])
+INSIDE = ["odd", "groups", "padding wider than the input", "calls", "3-D", "depthwise, strided"]
+
+
+@pytest.mark.parametrize("name", INSIDE)
 @pytest.mark.parametrize("step", [1, 2])
 def test_conv_fisher_stays_inside_its_tensors(backend, name, step):
     case = CASES[name]
@@ -255,15 +262,17 @@ def test_conv_fisher_stays_inside_its_tensors(backend, name, step):
 
 
 @pytest.mark.parametrize("layout", ["channels last", "expanded", "transposed"])
-def test_conv_fisher_of_other_layouts(backend, layout):
-    case = Case((6, 6), (3, 3), 4, 5, padding=1, stride=2)
+@pytest.mark.parametrize("depthwise", [False, True])
+def test_conv_fisher_of_other_layouts(backend, layout, depthwise):
+    sizes = {"groups": 5} if depthwise else {"channels": 4, "outputs": 5}
+    case = Case((6, 6), (3, 3), **sizes, padding=1, stride=2)
     x, grad_out = problem(case)
     mask = torch.rand(case.weight) < 0.5
     if layout == "channels last":
         x, grad_out = (t.contiguous(memory_format=torch.channels_last) for t in (x, grad_out))
         mask = mask.contiguous(memory_format=torch.channels_last)
     elif layout == "expanded":  # as the gradient of a mean is
-        grad_out = torch.randn(case.samples, case.outputs, 1, 1).expand_as(grad_out)
+        grad_out = torch.randn(case.samples, case.weight[0], 1, 1).expand_as(grad_out)
     else:
         x, grad_out = x.mT.contiguous().mT, grad_out.mT.contiguous().mT
     check(case, x, grad_out, mask)
