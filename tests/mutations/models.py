@@ -163,7 +163,7 @@ MUTANTS = (
         "the input is kept as it was before its cast",
         instead(
             "interception/capture.py",
-            "            x = x.to(torch.get_autocast_dtype(device))\n",
+            "            x = x.to(dtype)\n",
             "            pass\n",
         ),
         "test_pitfall_17_the_input_is_the_one_that_autocast_multiplied",
