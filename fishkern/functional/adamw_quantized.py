@@ -44,10 +44,10 @@ def masked_adamw_quantized_(
 
     Moments in bfloat16 are the upper half of float32. In 8 bits, each 32 entries share a power of
     two (as in the OCP microscaling formats, 2023), relative to which a first moment has a sign, 3
-    bits of exponent and 4 of mantissa, a second moment 4 and 4. With E the power of two up to which
-    the block's largest value reaches, the error is below 1/16 of the value, or below 2^-10 E and
-    2^-18 E where that is more. A positive second moment is never stored as zero, and a block with
-    an infinity or NaN is NaN throughout.
+    bits of exponent and 4 of mantissa, a second moment 4 and 4. The error is below 1/16 of the
+    value or, where that is more, below 2^-9 of the block's largest first moment and 2^-17 of its
+    largest second one. A positive second moment is never stored as zero, and a block with an
+    infinity or NaN is NaN throughout.
 
     Args:
         params: The parameters, any shape and strides; float32, bfloat16 or float16.
