@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
+from fishkern.optim.quantized import check_state_dtype
 from fishkern.optim.roles import UNLISTED
 from fishkern.selection.masks import SparseMask
 
@@ -91,9 +92,6 @@ def check_options(
             "differentiable=True, but selected entries are updated in place: use "
             "torch.optim.AdamW to differentiate through a step"
         )
-    if state_dtype is not torch.float32:
-        raise ValueError(
-            f"state_dtype is {state_dtype}: only torch.float32 is available in this version"
-        )
+    check_state_dtype(state_dtype)
     if check_numerics and capturable:
         raise ValueError(CAPTURABLE)

@@ -11,6 +11,7 @@ from torch import Tensor
 from fishkern import _ops
 from fishkern.optim.cohorts import Sorting
 from fishkern.optim.launch import Batch, Launch, Packed, is_sharded
+from fishkern.optim.quantized import SCALES
 
 
 def run(
@@ -63,21 +64,24 @@ def _run_packed(launch: Launch, amsgrad: bool, options: tuple[Any, ...]) -> None
 
 def _run_lists(launch: Launch, amsgrad: bool, options: tuple[Any, ...]) -> None:
     batch, values = launch.batch, launch.values
+    quantized = batch.state_dtype is not torch.float32
+    more = [values.get(scale, []) for scale in SCALES.values()]
     lists: list[list[Any]] = [
         _chosen(launch, batch.targets),
         launch.grads,
         _chosen(launch, batch.indices),
         values["exp_avg"],
         values["exp_avg_sq"],
-        values["max_exp_avg_sq"] if amsgrad else [],
+        *(more if quantized else [values["max_exp_avg_sq"] if amsgrad else []]),
         _chosen(launch, batch.masters),
     ]
     if batch.sharded:
         lists = [[t.to_local() if is_sharded(t) else t for t in tensors] for tensors in lists]
+    op = _ops.masked_adamw_quantized_ if quantized else _ops.masked_adamw_
     found_inf, counts = options[-1], values["step"]
     torch._foreach_add_(counts, 1)
     try:
-        _ops.masked_adamw_(*lists, torch.stack(counts), *options)
+        op(*lists, torch.stack(counts), *options)
     except BaseException:
         torch._foreach_sub_(counts, 1)
         raise

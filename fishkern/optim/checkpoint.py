@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fishkern.optim.launch import is_sharded
 from fishkern.optim.masters import MASTER, add_masters
+from fishkern.optim.quantized import check_saved
 from fishkern.optim.roles import (
     admit,
     check_answered,
@@ -43,11 +44,20 @@ def add_masks(optimizer: Any, state_dict: dict[str, Any]) -> None:
             group["mask"] = pack_mask(optimizer.mask, group.get("param_names", ()))
 
 
-def apart(value: Any) -> Any:
-    """A view into something larger as a tensor of its own; everything else as it is."""
-    if isinstance(value, Tensor) and not is_sharded(value) and value._base is not None:
-        return value.clone()
-    return value
+def apart(
+    state: dict[Tensor, dict[str, Any]], mask: SparseMask | None
+) -> tuple[defaultdict[Tensor, dict[str, Any]], SparseMask | None]:
+    """States and mask without views: pickled one by one, each would carry all of what it views."""
+
+    def own(value: Any) -> Any:
+        if isinstance(value, Tensor) and not is_sharded(value) and value._base is not None:
+            return value.clone()
+        return value
+
+    states = {param: {k: own(v) for k, v in entry.items()} for param, entry in state.items()}
+    if mask is not None:
+        mask = mask._with_indices({name: own(index) for name, index in mask.items()})
+    return defaultdict(dict, states), mask
 
 
 def pack_mask(mask: SparseMask, names: Iterable[str]) -> dict[str, Any]:
@@ -155,12 +165,17 @@ def check_mask(mask: SparseMask, groups: Groups, unlisted: str) -> None:
 
 
 def unpack_state(
-    state: dict[Any, Any], saved: Groups, own: Groups, mask: SparseMask | None, unlisted: str
+    state: dict[Any, Any],
+    saved: Groups,
+    own: Groups,
+    mask: SparseMask | None,
+    unlisted: str,
+    state_dtype: torch.dtype,
 ) -> defaultdict[Tensor, dict[str, Any]]:
     """The checkpoint's states, copied, keyed by the optimizer's parameters.
 
     Raises:
-        ValueError: A moment has not the shape that the mask asks for.
+        ValueError: A moment has not the shape that the mask asks for, or another type.
     """
     places = {}
     for theirs, ours in zip(saved, own, strict=True):
@@ -182,8 +197,10 @@ def unpack_state(
                     f"but {list(shape)} is needed: load a checkpoint of the same parameters and "
                     f"the same mask"
                 )
+        check_saved(name, entry, state_dtype)
+        narrow = state_dtype is not torch.float32
         loaded[param] = {
-            field: _copied(field, value, param, capturable)
+            field: _copied(field, value, param, capturable, narrow)
             for field, value in entry.items()
             if field != MASTER  # it is the parameter's, not a state
         }
@@ -201,13 +218,13 @@ def unpack_groups(saved: Groups, own: Groups) -> Groups:
     return groups
 
 
-def _copied(field: str, value: Any, param: Tensor, capturable: bool) -> Any:
+def _copied(field: str, value: Any, param: Tensor, capturable: bool, narrow: bool) -> Any:
     if field == "step":
         device = param.device if capturable else torch.device("cpu")
         return torch.as_tensor(value).to(device=device, dtype=torch.float32, copy=True)
     if not isinstance(value, Tensor):
         return deepcopy(value)
-    dtype = wide_dtype(param) if field in MOMENTS else value.dtype
+    dtype = wide_dtype(param) if field in MOMENTS and not narrow else value.dtype
     return value.to(
         device=param.device, dtype=dtype, copy=True, memory_format=torch.contiguous_format
     )

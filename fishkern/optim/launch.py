@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from fishkern.optim.cohorts import COHORTS, Sorting
+from fishkern.optim.quantized import scales_of, zero_scales
 from fishkern.training import leaves
 
 State = MutableMapping[Tensor, dict[str, Any]]
@@ -45,19 +46,22 @@ class Batch:
 
     ``indices`` are as the op wants them (empty where the whole parameter is trained), ``shapes``
     those of the moments (None: the parameter's). ``layout`` holds the packed offsets and indices,
-    into which the single ``indices`` are views. ``targets`` are what the op writes: the parameters
+    into which the single ``indices`` are views. ``scales`` are the names of those that the states
+    have, where their moments are in 8 bits. ``targets`` are what the op writes: the parameters
     themselves, or the dense weights of leaves, whose float32 masters the leaves then are.
     """
 
     device: torch.device
     sharded: bool  # DTensors, of which each rank updates its own part
+    state_dtype: torch.dtype = torch.float32  # float64 moments of float64 parameters are meant too
+    scales: tuple[str, ...] = ()
     params: list[Tensor] = field(default_factory=list)
     targets: list[Tensor] = field(default_factory=list)
     masters: list[Tensor] = field(default_factory=list)  # empty, or one for each parameter
     sorting: Sorting | None = None  # of entries with several step counts, after set_mask
     indices: list[Tensor] = field(default_factory=list)
     shapes: list[torch.Size | None] = field(default_factory=list)
-    layout: tuple[Tensor, Tensor] | None = None  # None: for leaves and shards, which take lists
+    layout: tuple[Tensor, Tensor] | None = None  # None: for those that take lists
     packed: dict[str, Packed] = field(default_factory=dict)
     states: list[dict[str, Any]] = field(default_factory=list)  # as they were found last
     lr: tuple[float, Tensor] = (
@@ -99,14 +103,21 @@ class Launch:
     some: list[int] | None
 
 
-def make_plan(params: Sequence[Tensor], indices: Sequence[Tensor | None], state: State) -> Plan:
+def make_plan(
+    params: Sequence[Tensor],
+    indices: Sequence[Tensor | None],
+    state: State,
+    state_dtype: torch.dtype,
+) -> Plan:
     """Sort a group's parameters into batches.
 
     Args:
         params: The group's parameters.
         indices: For each the positions to train; None: all.
         state: Tells which parameters have entries with several step counts.
+        state_dtype: What moments are kept in.
     """
+    scales = scales_of(state_dtype)
     batches: dict[Any, Batch] = {}
     every: dict[torch.device, Tensor] = {}  # the op's sign for "every entry", once per device
     for param, index in zip(params, indices, strict=True):
@@ -115,7 +126,7 @@ def make_plan(params: Sequence[Tensor], indices: Sequence[Tensor | None], state:
         wide = index is not None and index.dtype == torch.int64  # packed indices are of one dtype
         several = COHORTS in state.get(param, ())
         key = (device, sharded, leaves.wide_dtype(param), home is None, wide, several)
-        batch = batches.setdefault(key, Batch(device, sharded))
+        batch = batches.setdefault(key, Batch(device, sharded, state_dtype, scales))
         nothing = every.setdefault(device, torch.empty(0, dtype=torch.int32, device=device))
         batch.params.append(param)
         batch.shapes.append(None if index is None else index.shape)
@@ -130,7 +141,7 @@ def make_plan(params: Sequence[Tensor], indices: Sequence[Tensor | None], state:
         if COHORTS in state.get(batch.params[0], ()):
             _sort(batch, state)
         # Leaves keep their own memory: they are parameters, which others may exchange.
-        elif not batch.sharded and not batch.masters:
+        elif not batch.sharded and not batch.masters and state_dtype is torch.float32:
             _lay_out(batch)
     return Plan(list(params), list(batches.values()), leaves.generation())
 
@@ -162,6 +173,7 @@ def gather(batch: Batch, state: State, group: dict[str, Any]) -> Launch | None:
             f"supported: make it dense, for an embedding with sparse=False"
         )
     kinds = ["step", "exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else [])]
+    kinds += batch.scales
     try:
         values = {kind: [entry[kind] for entry in states] for kind in kinds}
     except KeyError as error:
@@ -261,7 +273,8 @@ def _build_states(batch: Batch, state: State, group: dict[str, Any]) -> list[Any
         entry: dict[str, Any] = {
             "step": torch.zeros((), dtype=torch.float32, device=counter_device)
         }
-        dtype = leaves.wide_dtype(param)
+        narrow = batch.state_dtype is not torch.float32
+        dtype = batch.state_dtype if narrow else leaves.wide_dtype(param)
         for key in keys:
             if is_sharded(param):
                 entry[key] = torch.zeros_like(param, dtype=dtype)
@@ -270,6 +283,8 @@ def _build_states(batch: Batch, state: State, group: dict[str, Any]) -> list[Any
             entry[key] = torch.zeros(
                 param.shape if shape is None else shape, dtype=dtype, device=batch.device
             )
+        for moment, scale in zip(keys, batch.scales, strict=False):
+            entry[scale] = zero_scales(entry[moment])
         state[param] = entry
     return [state.get(param) for param in batch.params]
 

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from fishkern.optim.arguments import CAPTURABLE
 from fishkern.optim.calls import run
+from fishkern.optim.checkpoint import MOMENTS
 from fishkern.optim.launch import Launch, State, is_sharded
+from fishkern.optim.quantized import moment_of
 from fishkern.optim.roles import shorten
 from fishkern.training import leaves
-
-LEVELS = 4  # from the warning up to the call of step()
 
 
 class LostUpdateWarning(UserWarning):
@@ -79,15 +79,15 @@ class Touched:
         if self.has_master or self.weight.dtype.itemsize >= 4:
             return torch.zeros((), dtype=torch.int64, device=self.weight.device)
         same = self.now().view(torch.int16) == self.values.view(torch.int16)
-        moving = _local(self.state["exp_avg"]).reshape(-1) != 0
+        moving = _local(moment_of(self.state, "exp_avg")).reshape(-1) != 0
         return (same & moving & torch.as_tensor(self.lr != 0).reshape(())).sum()
 
     def not_finite(self) -> Tensor:
         """How many entries have a value or a moment that is NaN or infinite."""
         found = ~self.now().isfinite()
-        for key, value in self.state.items():
-            if key in self.saved and value.is_floating_point() and value.numel() == found.numel():
-                found |= ~_local(value).reshape(-1).isfinite()
+        for key in MOMENTS:
+            if key in self.state:
+                found |= ~_local(moment_of(self.state, key)).reshape(-1).isfinite()
         return found.sum()
 
 
@@ -132,7 +132,7 @@ class Numerics:
         lost = [pair for pair in zip(counts[len(odd) :], touched, strict=False) if pair[0]]
         if lost:
             self.warned = True
-            warnings.warn(_message(lost), LostUpdateWarning, stacklevel=LEVELS)
+            warnings.warn(_message(lost), LostUpdateWarning, stacklevel=2)
 
 
 def _touched(launch: Launch, group: dict[str, Any], state: State) -> list[Touched]:

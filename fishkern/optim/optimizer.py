@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable
 from itertools import chain
 from typing import Any
@@ -26,6 +25,7 @@ from fishkern.optim.checkpoint import (
 from fishkern.optim.launch import Plan, check_leaves_on, gather, make_plan, scaling
 from fishkern.optim.masters import restore_masters, saved_masters
 from fishkern.optim.numerics import Numerics
+from fishkern.optim.quantized import check_quantizable
 from fishkern.optim.remasking import check_leaves, check_new_mask, exchange_leaves, remasked
 from fishkern.optim.roles import (
     admit,
@@ -40,7 +40,8 @@ from fishkern.selection.masks import SparseMask
 
 __all__ = ["FishSparseAdamW"]
 
-OWN = ("_unlisted", "_owners", "_mask_is_computed", "_numerics")  # what is pickled beside torch's
+# What is pickled beside torch's own.
+OWN = ("_unlisted", "_owners", "_mask_is_computed", "_state_dtype", "_numerics")
 
 
 class FishSparseAdamW(torch.optim.Optimizer):
@@ -81,7 +82,11 @@ class FishSparseAdamW(torch.optim.Optimizer):
         capturable: Keep the step counts on the parameters' device, for CUDA graphs.
         differentiable: Not available.
         fused: Accepted as by AdamW, without effect.
-        state_dtype: The moments' type; float32 is the only one in this version.
+        state_dtype: What the moments are kept in: float32; bfloat16; or uint8, a byte with, for
+            each 32 entries, one byte that scales them (``exp_avg_scale``, ``exp_avg_sq_scale``).
+            The update is made in float32, and what is kept is rounded up or down at random, by
+            a hash of the step: see ``functional.masked_adamw_quantized_``. Not with ``amsgrad``,
+            float64 or sharded parameters (refused in the first step), nor with another mask later.
         check_numerics: Look at what each step wrote, at the cost of some passes over the selected
             entries, a copy of them and their state, and one wait for the device. A step that wrote
             NaN or infinity is taken back, and refused with the tensors' names; updates that are
@@ -137,6 +142,7 @@ class FishSparseAdamW(torch.optim.Optimizer):
         self._unlisted = unlisted
         self._mask_is_computed = False  # then a checkpoint's mask takes its place
         self._plans: dict[int, Plan] = {}
+        self._state_dtype = state_dtype
         self._numerics = Numerics() if check_numerics else None
         groups = as_groups(params)
         # A leaf and its dense parameter may stand in different groups: look at all of them first.
@@ -181,8 +187,8 @@ class FishSparseAdamW(torch.optim.Optimizer):
 
         Raises:
             TypeError: It is not a SparseMask.
-            ValueError: It does not fit the parameters; the optimizer has no mask, or trains leaves
-                of ``train_only`` (``handle.set_mask`` then). Nothing is changed.
+            ValueError: It does not fit the parameters; the optimizer has no mask, moments in fewer
+                bits, or leaves of ``train_only`` (``handle.set_mask`` then). Nothing is changed.
 
         Example:
             >>> import torch, fishkern
@@ -305,13 +311,14 @@ class FishSparseAdamW(torch.optim.Optimizer):
         plan = self._plans.get(i)
         if plan is not None and plan.holds(group["params"]):
             return plan
+        check_quantizable(group, self._state_dtype)
         indices = self._indices(group)
         if plan is not None and len(plan.params) == len(group.get("param_names", ())):
             # Same name and shape, another tensor: its moments go with the name.
             for old, new in zip(plan.params, group["params"], strict=True):
                 if old.shape == new.shape and old in self.state and not self.state.get(new):
                     self.state[new] = self.state.pop(old)
-        plan = self._plans[i] = make_plan(group["params"], indices, self.state)
+        plan = self._plans[i] = make_plan(group["params"], indices, self.state, self._state_dtype)
         if self._mask is not None:
             # The plan's indices lie packed: held by the mask too, they are held once.
             held = {
@@ -343,14 +350,15 @@ class FishSparseAdamW(torch.optim.Optimizer):
         return [index_of(name, self._mask, self._unlisted) for name in group["param_names"]]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a checkpoint; moments stay in float32 and are moved beside their parameters.
+        """Load a checkpoint; moments keep their type and are moved beside their parameters.
 
         The tensors are copied. A checkpoint's mask must be the optimizer's, but takes its place
         where the optimizer's was computed by ``create_fish_optimizer``. Without masks, checkpoints
-        of ``torch.optim.AdamW`` fit.
+        of ``torch.optim.AdamW`` fit, also bfloat16 moments, which become float32.
 
         Raises:
-            ValueError: The groups, the mask or a moment do not fit; nothing is changed then.
+            ValueError: The groups, the mask or a moment do not fit, or the checkpoint has another
+                ``state_dtype``; nothing is changed then.
         """
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
@@ -361,7 +369,9 @@ class FishSparseAdamW(torch.optim.Optimizer):
         mask = agree(unpack_masks(saved), self._mask, self._mask_is_computed)
         if mask is not None and mask is not self._mask:
             check_mask(mask, own, self._unlisted)
-        state = unpack_state(state_dict["state"], saved, own, mask, self._unlisted)
+        state = unpack_state(
+            state_dict["state"], saved, own, mask, self._unlisted, self._state_dtype
+        )
         masters = saved_masters(state_dict, own)
         self._mask = mask
         self.__setstate__({"state": state, "param_groups": unpack_groups(saved, own)})
@@ -372,13 +382,7 @@ class FishSparseAdamW(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         own = {key: getattr(self, key) for key in OWN}
         state = super().__getstate__()
-        # Pickled one by one, views would each carry the whole packed tensor.
-        state["state"] = defaultdict(
-            dict, {p: {k: apart(v) for k, v in e.items()} for p, e in state["state"].items()}
-        )
-        mask = self._mask
-        if mask is not None:
-            mask = mask._with_indices({name: apart(index) for name, index in mask.items()})
+        state["state"], mask = apart(state["state"], self._mask)
         return {**state, **own, "_mask": mask}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

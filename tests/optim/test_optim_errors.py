@@ -49,8 +49,8 @@ AT_CONSTRUCTION = {
     ),
     "state_dtype": (
         pairs,
-        lambda m, k: {"mask": k, "state_dtype": torch.bfloat16},
-        ["torch.bfloat16", "only torch.float32 is available"],
+        lambda m, k: {"mask": k, "state_dtype": torch.float16},
+        ["torch.float16", "torch.float32, torch.bfloat16, or torch.uint8"],
     ),
     "check_numerics": (
         pairs,
