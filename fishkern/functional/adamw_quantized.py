@@ -169,10 +169,17 @@ def dequantize_moment(stored: Tensor, scale: Tensor | None = None, *, signed: bo
         scale: uint8, one for each 32 entries.
         signed: True for a first moment, False for a second one.
 
+    Raises:
+        TypeError: ``stored`` or ``scale`` has another dtype.
+        ValueError: ``scale`` beside bfloat16, or none or another number of them beside uint8.
+
     Example:
         >>> dequantize_moment(torch.ones(2, dtype=torch.bfloat16), signed=True)
         tensor([1., 1.])
     """
+    if stored.dtype not in NARROW:
+        raise TypeError(f"stored is {stored.dtype}: pass {' or '.join(map(str, NARROW))}")
+    _check_scales("scale", [] if scale is None else [scale], [stored])
     return storage.widen(stored.contiguous(), scale, signed)
 
 

@@ -63,16 +63,28 @@ def step_of(param, grad, indices):
     return param * 1, moments[0]
 
 
+def quantized_step_of(param, grad, indices):
+    moments = [torch.zeros_like(indices, dtype=torch.uint8) for _ in range(2)]
+    scales = [indices.new_zeros(-(-indices.numel() // 32), dtype=torch.uint8) for _ in range(2)]
+    functional.masked_adamw_quantized_(
+        [param], [grad], [indices], moments[:1], moments[1:], steps=[1], lr=0.1,
+        betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1, exp_avg_scales=scales[:1],
+        exp_avg_sq_scales=scales[1:],
+    )  # fmt: skip
+    return param * 1, functional.dequantize_moment(moments[0], scales[0], signed=True)
+
+
 def shapes(function):
     """Arguments in two sizes."""
     if function is fisher_of:
         return [(torch.randn(n, 3, 5), torch.randn(n, 3, 4)) for n in (6, 9)]
     if function is top:
         return [(torch.randn(n), n // 2) for n in (10, 16)]
-    return [(torch.randn(n, 4), torch.randn(n, 4), torch.arange(2, 3 * n)) for n in (3, 6)]
+    sizes = (30, 60) if function is quantized_step_of else (3, 6)
+    return [(torch.randn(n, 4), torch.randn(n, 4), torch.arange(2, 3 * n)) for n in sizes]
 
 
-@pytest.mark.parametrize("function", [fisher_of, top, step_of])
+@pytest.mark.parametrize("function", [fisher_of, top, step_of, quantized_step_of])
 def test_public_function_compiles_once_for_all_sizes(function):
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(function, backend=counter, **FULLGRAPH)

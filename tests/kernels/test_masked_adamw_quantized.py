@@ -21,7 +21,6 @@ HYPER = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
 NARROW = [torch.bfloat16, torch.uint8]
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 OPERATIONS = 12  # of a step, each with a rounding
-WHOLE = torch.empty(0, dtype=torch.int64)
 
 of_either_kind = pytest.mark.parametrize("state_dtype", NARROW)
 
@@ -253,10 +252,10 @@ def test_second_moments_follow_although_a_step_changes_less_than_they_resolve(ba
     steps, entries = (60, 640) if backend == "triton" else (1000, 640)
     m, of_m = zeros(entries, state_dtype)
     v, of_v = quantize_moment(torch.ones(entries), state_dtype, signed=False)
-    of_v = [] if of_v is None else [of_v]
+    of_v, whole = [] if of_v is None else [of_v], torch.empty(0, dtype=torch.int64)
     for step in range(1, steps + 1):
         masked_adamw_quantized_(
-            [torch.zeros(entries)], [torch.full((entries,), 0.5)], [WHOLE], m, [v], steps=[step],
+            [torch.zeros(entries)], [torch.full((entries,), 0.5)], [whole], m, [v], steps=[step],
             exp_avg_scales=of_m, exp_avg_sq_scales=of_v, **HYPER,
         )  # fmt: skip
     moved = quantize_moment(torch.full((entries,), 0.99925), state_dtype, signed=False)

@@ -109,8 +109,9 @@ def stored_gradient(gradient, dtype, step):
     scales = [[], []]
     if dtype == torch.uint8:
         scales = [[torch.zeros(-(-count // 32), dtype=dtype)] for _ in range(2)]
+    whole = torch.empty(0, dtype=torch.int64)
     masked_adamw_quantized_(
-        [torch.zeros(count)], [gradient], [torch.empty(0, dtype=torch.int64)], [m], [v],
+        [torch.zeros(count)], [gradient], [whole], [m], [v],
         steps=[step], lr=0.1, betas=(0.0, 0.0), eps=1e-8, weight_decay=0.0,
         exp_avg_scales=scales[0], exp_avg_sq_scales=scales[1],
     )  # fmt: skip
@@ -154,6 +155,15 @@ def test_the_same_step_rounds_alike_and_the_next_one_does_not(backend, dtype):
         assert 0.05 < (one != two).double().mean() < 0.7
 
 
-def test_quantize_refuses_other_dtypes():
+def test_refusals():
     with pytest.raises(TypeError, match=r"dtype is torch.float16: pass torch.bfloat16 or"):
         quantize_moment(torch.ones(4), torch.float16, signed=True)
+    stored, scale = quantize_moment(torch.ones(40), torch.uint8, signed=True)
+    with pytest.raises(TypeError, match=r"stored is torch.float32: pass torch.bfloat16 or"):
+        dequantize_moment(stored.float(), signed=True)
+    with pytest.raises(ValueError, match="scale has 0 entries, but needs 1"):
+        dequantize_moment(stored, signed=True)
+    with pytest.raises(ValueError, match="scale has 1 entries, but needs 0"):
+        dequantize_moment(stored.bfloat16(), scale, signed=True)
+    with pytest.raises(ValueError, match=r"scale\[0\] has 1 entries, but 40 moments have 2 scales"):
+        dequantize_moment(stored, scale[:1], signed=True)
