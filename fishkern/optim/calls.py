@@ -46,7 +46,9 @@ def run(
     # The op is called below autograd, which has to learn that saved weights have changed.
     torch.autograd.graph.increment_version(_chosen(launch, batch.targets))
     if batch.masters:
-        torch.autograd.graph.increment_version(_chosen(launch, batch.masters))
+        masters = _chosen(launch, batch.masters)
+        torch._foreach_copy_(_chosen(launch, batch.settled), masters)
+        torch.autograd.graph.increment_version(masters)
 
 
 def _run_packed(launch: Launch, amsgrad: bool, options: tuple[Any, ...]) -> None:

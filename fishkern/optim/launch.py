@@ -58,6 +58,7 @@ class Batch:
     params: list[Tensor] = field(default_factory=list)
     targets: list[Tensor] = field(default_factory=list)
     masters: list[Tensor] = field(default_factory=list)  # empty, or one for each parameter
+    settled: list[Tensor] = field(default_factory=list)  # of each master: see leaves.Home
     sorting: Sorting | None = None  # of entries with several step counts, after set_mask
     indices: list[Tensor] = field(default_factory=list)
     shapes: list[torch.Size | None] = field(default_factory=list)
@@ -133,6 +134,7 @@ def make_plan(
         if home is not None:
             batch.targets.append(home.weight)
             batch.masters.append(param.detach())
+            batch.settled.append(home.settled)
             batch.indices.append(home.indices)
         else:
             batch.targets.append(param)

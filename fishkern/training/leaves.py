@@ -38,10 +38,15 @@ def generation() -> int:
 
 
 class Home(NamedTuple):
-    """The dense weight that a leaf's values belong to, and where in it."""
+    """The dense weight that a leaf's values belong to, and where in it.
+
+    ``settled`` is what both copies were when they last agreed, in the weight's dtype: whoever
+    writes both at once has to write it, too.
+    """
 
     weight: Tensor
     indices: Tensor
+    settled: Tensor
 
 
 def home_of(leaf: Tensor) -> Home | None:
@@ -112,18 +117,21 @@ class Leaves(nn.Module):
         self._shapes[name] = weight.shape
         self.register_parameter(name, leaf)
         self.register_buffer(name + INDICES, indices, persistent=False)
-        self.register_buffer(name + SETTLED, leaf.detach().clone(), persistent=False)
+        settled = leaf.detach().to(weight.dtype, copy=True)
+        self.register_buffer(name + SETTLED, settled, persistent=False)
         self._register()
 
     def home(self, name: str) -> Home:
         """The weight behind a leaf."""
         weight, indices = self._owner[0]._parameters[name], self._buffers[name + INDICES]
+        settled = self._buffers[name + SETTLED]
         assert weight is not None
         assert indices is not None
-        return Home(weight, indices)
+        assert settled is not None
+        return Home(weight, indices, settled)
 
-    def items(self) -> Iterator[tuple[str, nn.Parameter, Tensor, Tensor]]:
-        """Local name, leaf, weight, indices."""
+    def items(self) -> Iterator[tuple[str, nn.Parameter, Tensor, Tensor, Tensor]]:
+        """Local name, leaf, weight, indices, settled."""
         for name, leaf in self._parameters.items():
             assert leaf is not None
             yield (name, leaf, *self.home(name))
@@ -147,11 +155,14 @@ class Leaves(nn.Module):
         Raises:
             RuntimeError: A weight has another shape, or was sharded.
         """
-        for name, leaf, weight, indices in self.items():
+        for name, leaf, weight, indices, settled in self.items():
             if not isinstance(weight, nn.Parameter) or not isinstance(leaf, nn.Parameter):
                 continue  # lent to the module for one call, by torch.func.functional_call
             if is_sharded(leaf) or is_sharded(weight):
                 raise RuntimeError(SHARDED)
+            home = home_of(leaf)
+            if home is not None and home.weight is weight and home.settled is not settled:
+                continue  # tied: another module's leaves see to it
             if weight.shape != self._shapes[name]:
                 if strict:
                     raise RuntimeError(
@@ -163,13 +174,14 @@ class Leaves(nn.Module):
                 continue
             if not thorough and self._seen.get(name) == _stamp(leaf, weight):
                 continue
-            settled = self._buffers[name + SETTLED]
-            assert settled is not None
-            values = gather(weight, indices, leaf.dtype)
-            written = (values != settled) & (values != rounded(leaf, weight.dtype))
-            leaf.copy_(torch.where(written, values, leaf))
+            if settled.dtype != weight.dtype:  # the model was cast
+                settled = self._buffers[name + SETTLED] = settled.to(weight.dtype)
+                self._register()
+            values = gather(weight, indices, weight.dtype)
+            written = (values != settled) & (values != leaf.to(weight.dtype))
+            leaf.copy_(torch.where(written, values.to(leaf.dtype), leaf))
             scatter(weight, indices, leaf)
-            settled.copy_(rounded(leaf, weight.dtype))
+            settled.copy_(leaf)
             self._seen[name] = _stamp(leaf, weight)
 
     def _register(self) -> None:
@@ -194,7 +206,7 @@ class Leaves(nn.Module):
         # The owner's tensors were loaded just before, possibly replaced (assign=True).
         self._register()
         self.reconcile()
-        for _, _, weight, _ in self.items():
+        for _, _, weight, _, _ in self.items():
             weight.requires_grad_(False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Leaves:
@@ -221,11 +233,6 @@ class Leaves(nn.Module):
 
 def _stamp(leaf: Tensor, weight: Tensor) -> tuple[int, int, int]:
     return id(weight), weight._version, leaf._version
-
-
-def rounded(leaf: Tensor, dtype: torch.dtype) -> Tensor:
-    """The leaf's values as a weight of this dtype holds them, in the leaf's own dtype."""
-    return leaf.detach().to(dtype).to(leaf.dtype)
 
 
 def gather(tensor: Tensor, indices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -119,3 +119,42 @@ def test_exchanged_leaves_count_in_eval_mode():
     leaf.data.fill_(3.0)  # as a moving average would
     model(torch.randn(1, 4))
     assert model.weight.flatten()[[2, 9]].tolist() == [3.0, 3.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("write", ["copy_", "data"])
+@pytest.mark.parametrize("copy", ["leaf", "weight"])
+def test_what_is_written_right_after_a_step_holds(copy, write, dtype):
+    """The step has written both copies itself: neither is taken for one that others wrote."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 4, bias=False).to(dtype)
+    mask = SparseMask({"weight": torch.arange(0, 16, 3)}, {"weight": (4, 4)})
+    handle = train_only(model, mask)
+    optimizer = FishSparseAdamW(model.named_parameters(), mask=mask, lr=0.1)
+    leaf, values = next(handle.parameters()), torch.arange(6.0) + 1
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(torch.randn(3, 4, dtype=dtype)).square().sum().backward()
+        optimizer.step()
+    weight = model._parameters["weight"]
+    flat, places = (leaf, slice(None)) if copy == "leaf" else (weight.view(-1), mask["weight"])
+    with torch.no_grad():
+        (flat.data if write == "data" else flat)[places] = values.to(flat.dtype)
+    model.eval()
+    model(torch.ones(1, 4, dtype=dtype))
+    assert torch.equal(leaf.detach(), values)
+    assert torch.equal(weight.detach().view(-1)[mask["weight"]].float(), values)
+
+
+def test_a_tied_weight_written_right_after_a_step_holds():
+    model = nn.ModuleList([nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)])
+    model[1].weight = model[0].weight
+    mask = SparseMask({"0.weight": torch.arange(0, 16, 3)}, {"0.weight": (4, 4)})
+    handle = train_only(model, mask)
+    optimizer = FishSparseAdamW(model.named_parameters(), mask=mask, lr=0.1)
+    model[1](model[0](torch.ones(1, 4))).sum().backward()
+    optimizer.step()
+    with torch.no_grad():
+        next(handle.parameters()).fill_(7.0)
+    handle.sync()
+    assert model[0]._parameters["weight"].view(-1)[::3].tolist() == [7.0] * 6
