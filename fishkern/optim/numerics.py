@@ -18,10 +18,15 @@ from torch import Tensor
 from fishkern.optim.arguments import CAPTURABLE
 from fishkern.optim.calls import run
 from fishkern.optim.checkpoint import MOMENTS
-from fishkern.optim.launch import Launch, State, is_sharded
+from fishkern.optim.launch import Launch, State
 from fishkern.optim.quantized import moment_of
 from fishkern.optim.roles import shorten
 from fishkern.training import leaves
+
+SHARDED = (
+    "check_numerics=True is not there for sharded parameters (DTensors), of which each rank would "
+    "take back only its own part: look without fully_shard, or leave it out"
+)
 
 
 class LostUpdateWarning(UserWarning):
@@ -66,28 +71,29 @@ class Touched:
         """Put the values and the state back."""
         if self.has_master:
             self.param.copy_(self.values)
-        weight = _local(self.weight)
         if self.index is not None:
-            leaves.scatter(weight, self.index, self.values)
+            leaves.scatter(self.weight, self.index, self.values)
         else:
-            weight.copy_(self.values.view_as(weight))
+            self.weight.copy_(self.values.view_as(self.weight))
         for key, value in self.saved.items():
-            _local(self.state[key]).copy_(value)
+            self.state[key].copy_(value)
 
     def stood_still(self) -> Tensor:
         """How many entries have the bits they had, though their first moment is not zero."""
         if self.has_master or self.weight.dtype.itemsize >= 4:
             return torch.zeros((), dtype=torch.int64, device=self.weight.device)
         same = self.now().view(torch.int16) == self.values.view(torch.int16)
-        moving = _local(moment_of(self.state, "exp_avg")).reshape(-1) != 0
+        moving = moment_of(self.state, "exp_avg").reshape(-1) != 0
         return (same & moving & torch.as_tensor(self.lr != 0).reshape(())).sum()
 
     def not_finite(self) -> Tensor:
         """How many entries have a value or a moment that is NaN or infinite."""
         found = ~self.now().isfinite()
+        if self.has_master:  # whose rounding may overflow
+            found |= ~_entries(self.weight, self.index).isfinite()
         for key in MOMENTS:
             if key in self.state:
-                found |= ~_local(moment_of(self.state, key)).reshape(-1).isfinite()
+                found |= ~moment_of(self.state, key).reshape(-1).isfinite()
         return found.sum()
 
 
@@ -111,13 +117,15 @@ class Numerics:
 
         Raises:
             RuntimeError: The step wrote NaN or infinity; it is taken back whole.
-            ValueError: A group is capturable.
+            ValueError: A group is capturable, or a parameter sharded.
 
         Warns:
             LostUpdateWarning: Entries of bfloat16 or float16 weights stood still.
         """
         if any(group["capturable"] for _, group in launches):
             raise ValueError(CAPTURABLE)
+        if any(launch.batch.sharded for launch, _ in launches):
+            raise ValueError(SHARDED)
         touched = [entry for launch, group in launches for entry in _touched(launch, group, state)]
         for launch, group in launches:
             run(launch, group, *amp)
@@ -146,25 +154,16 @@ def _touched(launch: Launch, group: dict[str, Any], state: State) -> list[Touche
         index = None if whole else batch.indices[i]
         name = names.get(id(param)) or f"a parameter of shape {list(param.shape)}"
         saved = {
-            key: _local(value).clone()
-            for key, value in state[param].items()
-            if isinstance(value, Tensor)
+            key: value.clone() for key, value in state[param].items() if isinstance(value, Tensor)
         }
         values = _entries(param, None if batch.masters else index)
         found.append(Touched(name, param, weight, index, state[param], group["lr"], values, saved))
     return found
 
 
-def _local(tensor: Tensor) -> Tensor:
-    """This rank's part of a DTensor."""
-    local: Tensor = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
-    return local
-
-
 def _entries(tensor: Tensor, index: Tensor | None) -> Tensor:
-    tensor = _local(tensor).detach()
     if index is None:
-        return tensor.flatten().clone()
+        return tensor.detach().flatten().clone()
     return leaves.gather(tensor, index, tensor.dtype)
 
 

@@ -91,7 +91,7 @@ class FishSparseAdamW(torch.optim.Optimizer):
             entries, a copy of them and their state, and one wait for the device. A step that wrote
             NaN or infinity is taken back, and refused with the tensors' names; updates that are
             lost in rounding in bfloat16 or float16 are warned of, once (``LostUpdateWarning``).
-            Not with ``capturable``.
+            Not with ``capturable`` or sharded parameters.
 
     Raises:
         ValueError: An argument out of range; a parameter that does not fit its mask, that the mask

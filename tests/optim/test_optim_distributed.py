@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 
 import fishkern
 from fishkern.optim import FishSparseAdamW
-from tests.support.optim import full_mask, make_mask, make_model, train
+from tests.support.optim import copies, full_mask, make_mask, make_model, train
 from tests.support.tolerances import assert_matches
 
 # One process is meant where it says so; TypedStorage is torch's own, in its reader.
@@ -204,6 +204,12 @@ def _sharded(rank, path):
         assert_matches(a.full_tensor(), b.detach().double(), terms=16)
     if rank == 0:
         assert models[0][3].bias.to_local().numel() == 2  # of 3: uneven shards
+    for options in ({"state_dtype": torch.uint8}, {"check_numerics": True}):
+        refusing = FishSparseAdamW(model.named_parameters(), **options)
+        before = copies(model)
+        with pytest.raises(ValueError, match="sharded"):
+            refusing.step()
+        assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
 
 
 def test_sharded_parameters_are_trained_and_saved_whole(tmp_path):
