@@ -23,6 +23,7 @@ import pytest
 from tests.mutations.mutant import ROOT, Edit, plant
 from tests.mutations.table import MUTANTS
 
+#: Seconds for a test, without and with the self-check, on a busy machine.
 TIMEOUT = 120
 #: How a detector speaks. Another exception would be a mutant that does not run.
 FOUND = ("AssertionError", "Failed", "FisherVerificationError")
@@ -88,7 +89,8 @@ def answer(edits: tuple[Edit, ...], tests: list[str]) -> tuple[Outcomes, Outcome
     process.start()
     send.close()
     try:
-        return receive.recv() if receive.poll(TIMEOUT) else f"no answer within {TIMEOUT} s"
+        limit = TIMEOUT * len(tests)
+        return receive.recv() if receive.poll(limit) else f"no answer within {limit} s"
     except EOFError:
         process.join()
         return f"the process ended with {process.exitcode}"
