@@ -41,6 +41,10 @@ class EmbeddingRule(Rule):
         )
         return grad
 
+    def prepare(self, module: nn.Module, name: str, indices: Tensor) -> Selection:
+        """Ids are few numbers, kept as they are; the cost depends on the batch alone."""
+        return Selection(indices, route="tokens of the batch", work=0.0)
+
     def selected_grad(
         self, module: nn.Module, name: str, selection: Selection, x: Tensor, grad_out: Tensor
     ) -> Tensor:

@@ -47,14 +47,14 @@ class LinearRule(Rule):
     def prepare(self, module: nn.Module, name: str, indices: Tensor) -> Selection:
         """The columns of the weight that are selected from, and the route to their entries."""
         if name == "bias":
-            return Selection(indices, columns=indices[:0])
+            return _select_sums(indices)
         size_o, size_i = (weight := _weight(module)).shape
         columns, restricted = restrict_columns(indices, (size_o, size_i))
         if len(columns) > _MOST * size_i:
             plan = plan_selected_grad(indices, (size_o, size_i), dtype=weight.dtype)
-            return Selection(indices, plan=plan)
+            return _selection(indices, None, plan, size_i)
         plan = plan_selected_grad(restricted, (size_o, len(columns)), dtype=weight.dtype)
-        return Selection(indices, columns, plan)
+        return _selection(indices, columns, plan, size_i)
 
     def selected_grad(
         self, module: nn.Module, name: str, selection: Selection, x: Tensor, grad_out: Tensor
@@ -117,14 +117,14 @@ class Conv1DRule(Rule):
     def prepare(self, module: nn.Module, name: str, indices: Tensor) -> Selection:
         """The rows of the weight that are selected from: its columns are the layer's outputs."""
         if name == "bias":
-            return Selection(indices, columns=indices[:0])
+            return _select_sums(indices)
         size_i, size_o = (weight := _weight(module)).shape
         rows, restricted = restrict_rows(indices, (size_i, size_o))
         if len(rows) > _MOST * size_i:
             plan = plan_selected_grad(indices, (size_i, size_o), dtype=weight.dtype)
-            return Selection(indices, plan=plan)
+            return _selection(indices, None, plan, size_i)
         plan = plan_selected_grad(restricted, (len(rows), size_o), dtype=weight.dtype)
-        return Selection(indices, rows, plan)
+        return _selection(indices, rows, plan, size_i)
 
     def selected_grad(
         self, module: nn.Module, name: str, selection: Selection, x: Tensor, grad_out: Tensor
@@ -167,6 +167,22 @@ def bias_fisher_(
     ``sample_scores[n]`` gets the same squares, summed over the mask ``[O]``.
     """
     norm_fisher_(None, fisher, None, grad_out, sample_scores=sample_scores, bias_mask=mask)
+
+
+def _select_sums(indices: Tensor) -> Selection:
+    """A bias: nothing of the input is needed."""
+    return Selection(indices, columns=indices[:0], route="sums", kept=0.0, work=0.0)
+
+
+def _selection(
+    indices: Tensor, features: Tensor | None, plan: SelectedGradPlan, num_features: int
+) -> Selection:
+    """A weight, of whose input these features are kept, for a plan of what is left of it."""
+    kept = num_features if features is None else len(features)
+    others = plan.shape[0] * plan.shape[1] // max(kept, 1)
+    gathering = 0 if features is None else 100 * kept  # as plan_selected_grad counts it
+    work = (plan.costs[plan.route] + gathering) / max(others * num_features, 1)
+    return Selection(indices, features, plan, plan.route, kept / max(num_features, 1), work)
 
 
 def _selected_sums(selection: Selection, grad_out: Tensor) -> Tensor:

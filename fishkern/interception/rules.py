@@ -26,11 +26,17 @@ class Selection:
         columns: Those features of the layer's input, ascending ``[C]``, that their gradient needs;
             None: all. A rule that names columns reads no x in ``input_grad``.
         plan: What else the rule worked out.
+        route: How the gradient is formed, in a word or two, for people.
+        kept: The share of the input's features that ``columns`` are.
+        work: The expected share of the dense gradient's cost.
     """
 
     indices: Tensor
     columns: Tensor | None = None
     plan: object = None
+    route: str = "by the rule"
+    kept: float = 1.0
+    work: float = 1.0
 
 
 class Rule:

@@ -118,6 +118,7 @@ def _read(name: str, owner: nn.Module) -> Tensor:
         return _substituted(weight, leaf, indices)
     alias: Tensor = Alias.apply(weight, leaf, indices)  # type: ignore[no-untyped-call]
     if not torch.compiler.is_compiling() and type(alias) is Tensor:
+        leaves.read_whole.add(name)
         alias = alias.as_subclass(AliasTensor)
         alias._fishkern_weight = weight
     return alias

@@ -36,7 +36,15 @@ class Reader:
             else rule.prepare(module, name, selected)
             for name, selected in indices.items()
         }  # fmt: skip
-        self._company = _Company([self], _union(s.columns for s in self.selections.values()))
+        self._own = _union(s.columns for s in self.selections.values())
+        self._company = _Company([self], self._own)
+
+    def share_kept(self, name: str) -> float:
+        """Which share of the input's features is kept, for one parameter and its company."""
+        own = self.selections[name]
+        if own.columns is None or self.columns is None:
+            return 1.0
+        return own.kept * len(self.columns) / len(own.columns) if len(own.columns) else 0.0
 
     @property
     def columns(self) -> Tensor | None:
@@ -50,17 +58,21 @@ class Reader:
         )
 
     def keep(self, x: Tensor, dtype: torch.dtype) -> Kept:
-        """The columns of x in this dtype; if another reader has kept them of x already, those."""
+        """The columns of x in this dtype; if another reader has kept them of x already, those.
+
+        Who shares an input is found out here, and holds from the next forward on.
+        """
+        if _is_checkpointed():
+            return _kept(x, self._own, dtype)
         found: _Found | None = getattr(x, _KEPT, None)
         if found is not None and found.version == x._version:
             if found.reader._company is not self._company:
                 found.reader._join(self)
             elif found.kept.columns is self.columns and found.kept.values.dtype == dtype:
                 return found.kept
-        if self.columns is None:
-            return Kept(x.to(dtype), None)
-        kept = Kept(_gathered(x, self.columns).to(dtype), self.columns)
-        setattr(x, _KEPT, _Found(kept, x._version, self))
+        kept = _kept(x, self.columns, dtype)
+        if kept.columns is not None:
+            setattr(x, _KEPT, _Found(kept, x._version, self))
         return kept
 
     def _join(self, other: Reader) -> None:
@@ -130,6 +142,19 @@ class Use:
                 grad = site.rule.selected_grad(site.module, name, selection, x, grad_out)
             grads.append(grad.to(dtype))
         return grads
+
+
+def _is_checkpointed() -> bool:
+    """Whether this forward will be computed again, and has to keep the same then.
+
+    It keeps nothing for long, so there is nothing to be shared.
+    """
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
+
+
+def _kept(x: Tensor, columns: Tensor | None, dtype: torch.dtype) -> Kept:
+    return Kept((x if columns is None else _gathered(x, columns)).to(dtype), columns)
 
 
 def _gathered(x: Tensor, columns: Tensor) -> Tensor:

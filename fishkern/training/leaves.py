@@ -109,6 +109,7 @@ class Leaves(nn.Module):
         self._seen: dict[str, tuple[int, int, int]] = {}
         self._shapes: dict[str, torch.Size] = {}
         self.reader: Any = None  # how the owner reads its input, found out in its first forward
+        self.read_whole: set[str] = set()  # weights that something else than a rule has read
 
     def add(self, name: str, leaf: nn.Parameter, indices: Tensor) -> None:
         """Take over the owner's weight ``name``."""

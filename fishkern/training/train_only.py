@@ -16,6 +16,7 @@ from fishkern.training.alias import is_traced, owner_members
 from fishkern.training.checks import check_mask, has_compiled_parts
 from fishkern.training.leaves import CHILD, SHARDED, Leaves, gather, is_sharded, wide_dtype
 from fishkern.training.remasking import carry_over
+from fishkern.training.report import report
 from fishkern.training.steps import follow, forget
 from fishkern.training.watch import Watch
 
@@ -135,22 +136,12 @@ class Handle:
             leaves.reconcile()
 
     def report(self) -> str:
-        """A table: each trained tensor, its selected entries, and how its gradient is formed."""
-        rows = [("tensor", "trained", "of", "gradient")]
-        for module, local, name in self._dense:
-            indices = self._mask.get(name)
-            if indices is None or not len(indices):
-                continue
-            rule = "forward" in type(module).__dict__
-            route = "rule: formed, gathered, freed" if rule else "alias: formed, gathered, freed"
-            total = module._parameters[local].numel()  # type: ignore[union-attr]
-            rows.append((name, f"{len(indices):,}", f"{total:,}", route))
-        rows.append(("total", f"{self._mask.num_selected:,}", "", ""))
-        widths = [max(len(row[i]) for row in rows) for i in range(4)]
-        return "\n".join(
-            f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d}".rstrip()
-            for a, b, c, d in rows
-        )
+        """A table: each trained tensor, how its gradient is formed, and what that costs.
+
+        After a training forward it also says what other modules keep with it, and which weights
+        are read otherwise than by their layers' rules, so that the dense gradient is formed.
+        """
+        return report(self._dense, self._mask)
 
     @torch.no_grad()
     def set_mask(self, new_mask: SparseMask, optimizer: Any) -> None:
