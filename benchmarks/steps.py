@@ -14,6 +14,7 @@ from benchmarks import workloads
 from benchmarks.harness import Config
 
 LINE = 16  # float32 values in a cache line
+LISTS = {"500-small": (500, (16, 16)), "4-large": (4, (1024, 4096))}  # tensors alike
 
 
 @dataclass
@@ -30,6 +31,28 @@ class Problem:
             copies[name] = nn.Parameter(param.detach().clone())
             copies[name].grad = param.grad.clone() if param.grad is not None else None
         return Problem(copies, self.mask)
+
+    def one_each(self) -> Problem:
+        """The same tensors with one selected entry in each: a step has all to find, none to do."""
+        first = {name: index[:1] for name, index in self.mask.items()}
+        return Problem(self.params, fishkern.SparseMask(first, self.mask.shapes))
+
+    def attached(self) -> nn.Module:
+        """A model of the tensors in which the selected entries are leaves, with their gradients."""
+        model, mask = nn.Module(), self.mask
+        names = {name: f"{i}.weight" for i, name in enumerate(self.params)}
+        grads = []
+        for i, (name, param) in enumerate(self.params.items()):
+            model.add_module(str(i), nn.Module())
+            model.get_submodule(str(i)).register_parameter("weight", param)
+            if mask[name].numel():
+                grads.append(param.grad.flatten()[mask[name].long()])
+        indices = {names[name]: index for name, index in mask.items()}
+        shapes = {names[name]: shape for name, shape in mask.shapes.items()}
+        handle = fishkern.train_only(model, fishkern.SparseMask(indices, shapes))
+        for leaf, grad in zip(handle.parameters(), grads, strict=True):
+            leaf.grad = grad
+        return model
 
 
 Optimizer = Callable[[Problem], torch.optim.Optimizer]
@@ -63,6 +86,9 @@ def shapes_of(model: str) -> dict[str, torch.Size]:
         return {f"{layer}.{target}.{side}": sides[side] for layer, target, side in places}
     if model == "tiny":
         return {f"{i}.weight": torch.Size((16 + i, 24)) for i in range(4)}
+    if model in LISTS:
+        count, shape = LISTS[model]
+        return {f"{i}.weight": torch.Size(shape) for i in range(count)}
     encoder = workloads.encoder({"model": model})
     return {name: param.shape for name, param in encoder.named_parameters()}
 

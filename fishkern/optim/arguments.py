@@ -38,7 +38,7 @@ def unwatched_step(step: Callable[..., Any]) -> Callable[..., Any]:
         )
         return (watched if seen else step)(self, *args, **kwargs)
 
-    uncompiled = torch._disable_dynamo(unwatched)
+    uncompiled = torch._disable_dynamo(unwatched)  # type: ignore[attr-defined]
     unwatched.hooked = True  # type: ignore[attr-defined]
     return unwatched
 

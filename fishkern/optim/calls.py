@@ -80,15 +80,14 @@ def _run_lists(launch: Launch, amsgrad: bool, options: tuple[Any, ...]) -> None:
     if batch.sharded:
         lists = [[t.to_local() if is_sharded(t) else t for t in tensors] for tensors in lists]
     op = _ops.masked_adamw_quantized_ if quantized else _ops.masked_adamw_
-    found_inf, counts = options[-1], values["step"]
-    torch._foreach_add_(counts, 1)
-    try:
-        op(*lists, torch.stack(counts), *options)
-    except BaseException:
-        torch._foreach_sub_(counts, 1)
-        raise
-    if found_inf is not None:
-        torch._foreach_sub_(counts, [(found_inf != 0).to(counts[0])] * len(counts))
+    found_inf = options[-1]
+    steps = _packed(launch, "step") if launch.some is None else torch.stack(values["step"])
+    raised = steps + (1 if found_inf is None else (found_inf == 0).to(steps))
+    op(*lists, raised, *options)
+    if launch.some is None:
+        steps.copy_(raised)
+    else:
+        torch._foreach_copy_(values["step"], raised.unbind())
 
 
 def _run_sorted(launch: Launch, sorting: Sorting, amsgrad: bool, options: tuple[Any, ...]) -> None:
