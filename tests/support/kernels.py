@@ -50,9 +50,12 @@ def pass_on_instruction_set(check, isa):
         pytest.skip(f"this CPU has {used} at most")
 
 
-def poisoned(tensor):
-    """The same values as a view into the middle of a tensor full of NaN."""
-    large = torch.full([size + 4 for size in tensor.shape], math.nan, dtype=tensor.dtype)
-    view = large[tuple(slice(2, -2) for _ in tensor.shape)]
+def poisoned(tensor, *, step=1):
+    """The same values as a view, of every ``step``-th entry, into a tensor full of NaN."""
+    *sizes, last = tensor.shape
+    large = torch.full(
+        [*(size + 4 for size in sizes), last * step + 4], math.nan, dtype=tensor.dtype
+    )
+    view = large[(*(slice(2, -2) for _ in sizes), slice(2, 2 + last * step, step))]
     view.copy_(tensor)
     return view
