@@ -25,11 +25,12 @@ from benchmarks.memory import allocated_peak, cuda_peak
 from benchmarks.steps import tensors_in
 from benchmarks.workloads import Batch, encoder, require
 
-# Shapes without their weights: some of the layers, and a small vocabulary, which is not trained.
-BERT_BASE = {"vocab_size": 1000, "hidden_size": 768, "num_hidden_layers": 2}
+# Shapes without their weights. As many layers as MiniLM has, since a mask shaped like its own has
+# most entries in the last one; and a small vocabulary, which is not trained.
+BERT_BASE = {"vocab_size": 1000, "hidden_size": 768, "num_hidden_layers": 6}
 BERT_BASE |= {"num_attention_heads": 12, "intermediate_size": 3072}
-LLAMA = {"vocab_size": 1000, "hidden_size": 1024, "num_hidden_layers": 2}
-LLAMA |= {"num_attention_heads": 16, "num_key_value_heads": 4, "intermediate_size": 2816}
+LLAMA = {"vocab_size": 1000, "hidden_size": 512, "num_hidden_layers": 6}
+LLAMA |= {"num_attention_heads": 8, "num_key_value_heads": 2, "intermediate_size": 1408}
 LLAMA |= {"pad_token_id": 0}
 WARMUPS = 2  # calls that the harness makes before it counts
 

@@ -171,6 +171,16 @@ def test_drawn_masks_lie_like_the_measured_one(density, drawn_scores):
         assert measured / 2 < share < measured * 2
 
 
+def test_other_models_say_what_they_are():
+    config = {"model": "llama-shaped", "density": 0.005, "batch": 1, "tokens": 4}
+    work = finetuning(config, "cpu")
+    assert (config["layers"], config["weights"]) == ("6_of_width_512", "random")
+    assert config["scores"] == "shaped_like_minilm_on_sst2"
+    assert config["columns"] == round(shares(work.mask, work.mask.shapes).columns, 4)
+    assert ways.lora(work).trained == 8 * 6 * ((512 + 512) + (512 + 128))  # query and value
+    assert work.head == ["score.weight"]
+
+
 def test_without_the_task_the_row_says_so(monkeypatch):
     monkeypatch.setenv("GLUE_DIR", "")
     glue.scores.cache_clear()

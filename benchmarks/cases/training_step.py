@@ -142,14 +142,14 @@ def check_gradients(trainer: Trainer, work: Finetuning) -> None:
     whole = max(t.abs().max().item() for t in truth.values())
     for name, expected in truth.items():
         grad = found.get(name)
+        # The true gradients of the keys' biases are zero: what is left there is rounding.
+        scale = max(expected.abs().max().item(), 1e-2 * whole)
         if handle is not None:
             expected = expected[trainer.mask[name].long()]
         if grad is None:
             if len(expected):
                 raise Wrong(f"{name} has no gradient")
             continue
-        # The true gradients of the keys' biases are zero: what is left there is rounding.
-        scale = max(expected.abs().max().item(), 1e-2 * whole)
         error = (grad.flatten().double() - expected).abs().max().item() / scale
         if not error <= TOLERANCE:
             raise Wrong(f"{name}: error {error:.1e} of its largest gradient")
