@@ -28,10 +28,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from fishkern.interception.capture import Site, is_paused, subclass
+from fishkern.interception.put_in import Use, UseConsumer, put_in
 from fishkern.interception.rules import Rule
-
-#: Called in the backward pass with (use, grad_out).
-UseConsumer = Callable[["Use", Tensor], None]
 
 #: Functions that broadcast their tensors against each other, and in which no entry meets another.
 POINTWISE = {
@@ -66,71 +64,6 @@ class ElementwiseRule(Rule):
 RULE = ElementwiseRule()
 
 
-class Use:
-    """One place where ``value = f(parameters)`` is put in among activations.
-
-    ``sites``: the parameters', one for each time that f read one. ``shape``: that in which it was
-    put in, to which ``value`` broadcasts. ``seen``: that which ``called`` was given.
-    """
-
-    def __init__(self, tracked: Tracked, shape: torch.Size, seen: torch.Size) -> None:
-        self.value, self.shape, self.seen = tracked.value, shape, seen
-        self.entrywise = tracked.entrywise
-        self.aliases, self.sites = tuple(tracked.sources), tuple(tracked.sources.values())
-
-    def repeats(self, *axes: int) -> bool:
-        """Whether ``value`` has no entries of its own along these axes of ``shape``."""
-        return set(axes) <= set(self._repeated())
-
-    def _repeated(self) -> list[int]:
-        more = len(self.shape) - self.value.dim()
-        return [i for i in range(len(self.shape)) if i < more or self.value.shape[i - more] == 1]
-
-    def sample_grads(self, grad_out: Tensor) -> list[Tensor]:
-        """Each sample's gradients of the parameters, in the order of ``sites``.
-
-        Args:
-            grad_out: ``[N, *shape]``: each sample's gradient at what was put in. Where ``shape``
-                had the samples, it has what is one sample's alone (its tokens, or a single entry).
-
-        Returns:
-            ``[N, *param.shape]`` each, in float32 at least.
-        """
-        size, wide = len(grad_out), torch.promote_types(grad_out.dtype, torch.float32)
-        if repeated := self._repeated():
-            grad_out = grad_out.sum([1 + axis for axis in repeated], dtype=wide)
-        grad, value = grad_out.to(wide).reshape(size, *self.value.shape), self.value
-        if not self.entrywise:
-            grads = torch.autograd.grad(
-                value, self.aliases, grad.to(value.dtype), retain_graph=True, is_grads_batched=True
-            )
-            return [g.to(wide) for g in grads]
-        (alias,) = self.aliases
-        grad = grad.reshape(size, *alias.shape)
-        if value.data_ptr() != alias.data_ptr():  # not the parameter's own memory
-            slope = torch.autograd.grad(value, alias, torch.ones_like(value), retain_graph=True)
-            grad = grad * slope[0]  # not in place: it may be what others get, too
-        return [grad]
-
-
-class _PutIn(torch.autograd.Function):
-    """``value`` in the use's shape; inputs: the use, and the parameters, which get None."""
-
-    @staticmethod
-    def forward(ctx: Any, use: Use, consume: UseConsumer, *params: Tensor) -> Tensor:
-        ctx.use, ctx.consume, ctx.num_params = use, consume, len(params)
-        ctx.set_materialize_grads(False)
-        return use.value.detach().expand(use.shape)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_out: Tensor | None) -> tuple[None, ...]:
-        if grad_out is not None:
-            with torch.autocast(grad_out.device.type, enabled=False):
-                ctx.consume(ctx.use, grad_out)
-        return (None, None, *(None,) * ctx.num_params)
-
-
 class Tracked(Tensor):
     """A parameter, or what was made of parameters alone.
 
@@ -162,9 +95,9 @@ class Tracked(Tensor):
                 site.called(site, seen)
         if not torch.is_grad_enabled():
             return self.value.expand(shape)
-        params = [site.module._parameters[name] for site in sites for name in site.names]
-        y: Tensor = _PutIn.apply(Use(self, shape, seen.shape), self.consume, *params)  # type: ignore[no-untyped-call]
-        return y
+        own = [site.module._parameters[name] for site in sites for name in site.names]
+        use = Use(self.value, self.sources, self.entrywise, shape, seen.shape)
+        return put_in(use, self.consume, [param for param in own if param is not None])
 
     def settle(self) -> Tensor:
         """What is put in in its own shape, once and for all.
@@ -181,6 +114,9 @@ class Tracked(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Follow what is made of parameters alone; put it in among all else."""
         with torch._C.DisableTorchFunctionSubclass():
+            reads = getattr(func, "__name__", "") == "__get__"
+            if reads and func.__self__.__name__ not in TRANSPOSED:
+                return func(args[0].value)  # an attribute, such as the shape
             return _Call(func, args, kwargs or {}).result()
 
 
@@ -189,9 +125,8 @@ class _Call:
 
     def __init__(self, func: Any, args: Any, kwargs: Any) -> None:
         self.func, name = func, getattr(func, "__name__", "")
-        self.reads = name == "__get__"  # of an attribute
-        self.sets = name == "__set__"
-        if self.reads or self.sets:
+        self.sets = name == "__set__"  # an attribute
+        if self.sets or name == "__get__":
             name = getattr(func.__self__, "__name__", "")
         self.in_place = name == "__setitem__" or (name.endswith("_") and name[-2:] != "__")
         self.name = name.strip("_")
@@ -213,7 +148,7 @@ class _Call:
 
     def result(self) -> Any:
         """What the function returns, with tracked tensors followed or put in."""
-        if not self.tracked or self.reads_off():
+        if not self.tracked or self.name in DETACHING:
             return self.run(_value)
         if self.sets:
             return self.run(_own)
@@ -244,10 +179,6 @@ class _Call:
         shapes = [tensor.shape[::-1] for tensor in (*self.tracked, *self.others)]
         axes = zip_longest(*shapes, fillvalue=1)
         return torch.Size([min(axis) if 0 in axis else max(axis) for axis in axes][::-1])
-
-    def reads_off(self) -> bool:
-        """Whether no gradient leads through the function."""
-        return self.name not in TRANSPOSED if self.reads else self.name in DETACHING
 
     def is_constant(self) -> bool:
         """Whether the other tensors are no activations: they add no axis and need no gradient.
@@ -310,8 +241,8 @@ class _Call:
         result = self.run(_value)
         if result.numel() == tracked.value.numel() or not _broadcasts(tracked.value, result):
             return self.followed()
-        put_in = tracked.use(result.shape)
-        return put_in.clone() if self.name == "repeat" else put_in
+        expanded = tracked.use(result.shape)
+        return expanded.clone() if self.name == "repeat" else expanded
 
 
 def _mapped(function: Callable[[Tensor], Any], value: Any) -> Any:

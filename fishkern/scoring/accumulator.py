@@ -22,9 +22,11 @@ from fishkern.batches.packing import Packing
 from fishkern.interception import Site, elementwise, original_class
 from fishkern.interception.embedding import EmbeddingRule
 from fishkern.interception.linear import LinearRule
+from fishkern.interception.put_in import Use
 from fishkern.interception.rerun import CHUNK_BYTES, Call, RerunError
 from fishkern.scoring.choices import Watch
 from fishkern.scoring.layouts import Layouts, Noted
+from fishkern.scoring.preserve import unwatched
 from fishkern.scoring.squares import Squares
 from fishkern.scoring.tied import HeadRows, head_rows
 
@@ -89,6 +91,7 @@ class FisherAccumulator:
 
     # In the forward pass
 
+    @unwatched
     def called(self, site: Site, x: Tensor) -> Tensor:
         """Note the shape of each input (not of those that checkpointing computes again)."""
         x = elementwise.settled(x)
@@ -123,6 +126,7 @@ class FisherAccumulator:
 
     # In the backward pass
 
+    @unwatched
     def consume(self, site: Site, x: Tensor, grad_out: Tensor) -> tuple[()]:
         """Hold a use until its parameters are complete."""
         if self.layouts.of(site, tuple(x.shape)) is None:
@@ -172,7 +176,8 @@ class FisherAccumulator:
         self.squares.add_layer(uses[0].site.rule, module, {local: name}, x, grad_out)
         self.tied.add(name)
 
-    def consume_elementwise(self, use: elementwise.Use, grad_out: Tensor) -> None:
+    @unwatched
+    def consume_elementwise(self, use: Use, grad_out: Tensor) -> None:
         """Hold each sample's gradients of what was put in among activations."""
         shape = tuple(use.seen)
         names = [name for site in use.sites for name in site.names.values()]
@@ -275,6 +280,7 @@ class FisherAccumulator:
         self.ready.pop(name, None)
         self.head_rows.pop(name, None)
 
+    @unwatched
     def _completed(self, name: str, grad: Tensor | None) -> None:
         self._differentiated()  # if this is no backward pass of ours
         if grad is not None:
@@ -294,6 +300,7 @@ class FisherAccumulator:
             elif self.complete.issuperset(together):
                 self._accumulate(together)
 
+    @unwatched
     def end_backward(self) -> None:
         """Accumulate what waited for the end of the pass; another over the graph may follow."""
         for name in [*self.uses, *self.ready]:

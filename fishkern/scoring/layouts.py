@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fishkern.batches.packing import Packing
 from fishkern.interception import Site, elementwise
+from fishkern.interception.put_in import Use
 from fishkern.scoring.choices import Choice, KnownChoices, Shape
 
 #: Where a batch says how many tokens a sample has: see ``samples.token_counts``.
@@ -277,7 +278,7 @@ class Layouts:
         tensor = tensor.movedim(layout.axis, 0)
         return tensor.flatten(1, lead - 1) if lead > 1 else tensor.unsqueeze(1)
 
-    def by_sample(self, layout: Layout, use: elementwise.Use, grad_out: Tensor) -> Tensor | None:
+    def by_sample(self, layout: Layout, use: Use, grad_out: Tensor) -> Tensor | None:
         """``[N, *]``, the rest as if each sample were alone; None where samples have own entries.
 
         Broadcasting has to be what made the sample axis, or else a sample's gradient is not the

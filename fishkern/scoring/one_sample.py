@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fishkern.batches import samples
 from fishkern.batches.losses import LossFn, require_losses
 from fishkern.interception import elementwise
-from fishkern.scoring.preserve import backward
+from fishkern.scoring.preserve import backward, unwatched
 
 #: Reentrant checkpointing's warning that a segment gets no gradient.
 CUT_OFF = "None of the inputs have requires_grad"
@@ -151,6 +151,7 @@ class OneSamplePasses:
             warnings.filterwarnings("ignore", CUT_OFF)
             yield
 
+    @unwatched
     def _require_grad(self, names: Iterable[str]) -> None:
         """Only these parameters need a gradient: nothing is computed for any other."""
         for param in self.model.parameters():
@@ -158,6 +159,7 @@ class OneSamplePasses:
         for name in names:
             self.candidates[name].requires_grad_(True)
 
+    @unwatched
     def _clear_grads(self) -> None:
         for param in self.candidates.values():
             param.grad = None

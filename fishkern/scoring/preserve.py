@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -42,6 +43,26 @@ class NoDropout(TorchFunctionMode):
             if "dropout_p" in kwargs:
                 kwargs["dropout_p"] = 0.0
         return func(*args, **kwargs)
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def unwatched(function: Callable[P, R]) -> Callable[P, R]:
+    """For our own arithmetic: it runs past every ``TorchFunctionMode``, ``NoDropout`` as well.
+
+    A mode is shown whatever is done with a tensor, down to reading its shape, and takes longer over
+    it than the shape does. The model's functions are to be seen; what is computed between them from
+    gradients and shapes is not the model's.
+    """
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch._C.DisableTorchFunction():
+            return function(*args, **kwargs)
+
+    return run
 
 
 def backward(loss: Tensor, params: Iterable[nn.Parameter], retain_graph: bool = False) -> None:
