@@ -28,7 +28,7 @@ def run(
     batch = launch.batch
     beta1, beta2 = group["betas"]
     options = (
-        _lr(batch, group["lr"]),
+        _lr(batch, group["lr"], group["capturable"]),
         float(beta1),
         float(beta2),
         group["eps"],
@@ -144,9 +144,11 @@ def _packed(launch: Launch, key: str) -> Tensor:
     return tensor
 
 
-def _lr(batch: Batch, lr: float | Tensor) -> Tensor:
+def _lr(batch: Batch, lr: float | Tensor, capturable: bool) -> Tensor:
     if isinstance(lr, Tensor):
         return lr
+    if capturable:  # filled on the device: a graph could not copy it there
+        return torch.full((), lr, dtype=torch.float64, device=batch.device)
     if batch.lr[0] != lr:
         batch.lr = (lr, torch.tensor(lr, dtype=torch.float64, device="cpu"))
     return batch.lr[1]
