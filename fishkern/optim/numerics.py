@@ -1,8 +1,8 @@
 """What a step wrote, looked at: numbers that are not finite, and updates lost in rounding.
 
-A step is made, and all of it is read back by the host at once. Nothing here runs unless
-``check_numerics=True``, and it takes the time of a few passes over the selected entries, tensor by
-tensor, and a copy of them and of their state for as long as the step lasts.
+A step is made, and the host reads two counts for each launch, at once; which tensors they are of is
+asked where there is something to say. Nothing here runs unless ``check_numerics=True``. It takes a
+few passes over the selected entries, and a copy of them and of their state while the step lasts.
 """
 
 from __future__ import annotations
@@ -78,23 +78,30 @@ class Touched:
         for key, value in self.saved.items():
             self.state[key].copy_(value)
 
-    def stood_still(self) -> Tensor:
-        """How many entries have the bits they had, though their first moment is not zero."""
-        if self.has_master or self.weight.dtype.itemsize >= 4:
-            return torch.zeros((), dtype=torch.int64, device=self.weight.device)
-        same = self.now().view(torch.int16) == self.values.view(torch.int16)
-        moving = moment_of(self.state, "exp_avg").reshape(-1) != 0
-        return (same & moving & torch.as_tensor(self.lr != 0).reshape(())).sum()
 
-    def not_finite(self) -> Tensor:
-        """How many entries have a value or a moment that is NaN or infinite."""
-        found = ~self.now().isfinite()
-        if self.has_master:  # whose rounding may overflow
-            found |= ~_entries(self.weight, self.index).isfinite()
-        for key in MOMENTS:
-            if key in self.state:
-                found |= ~moment_of(self.state, key).reshape(-1).isfinite()
-        return found.sum()
+def stood_still(touched: Sequence[Touched]) -> Tensor:
+    """How many entries have the bits they had, though their first moment is not zero."""
+    narrow = [e for e in touched if not e.has_master and e.weight.dtype.itemsize == 2]
+    if not narrow:
+        return torch.zeros((), dtype=torch.int64, device=touched[0].weight.device)
+    now, before = (
+        torch.cat([values.view(torch.int16) for values in kind])
+        for kind in ([e.now() for e in narrow], [e.values for e in narrow])
+    )
+    moving = torch.cat([moment_of(e.state, "exp_avg").reshape(-1) for e in narrow]) != 0
+    return ((now == before) & moving).sum() * torch.as_tensor(narrow[0].lr != 0).reshape(())
+
+
+def not_finite(touched: Sequence[Touched]) -> Tensor:
+    """How many entries have a value or a moment that is NaN or infinite."""
+    found = ~torch.cat([entry.now() for entry in touched]).isfinite()
+    if touched[0].has_master:  # then all of a launch have; their roundings may overflow
+        found |= ~torch.cat([_entries(e.weight, e.index) for e in touched]).isfinite()
+    for key in MOMENTS:
+        if all(key in entry.state for entry in touched):
+            moments = [moment_of(entry.state, key).reshape(-1) for entry in touched]
+            found |= ~torch.cat(moments).isfinite()
+    return found.sum()
 
 
 class Numerics:
@@ -126,21 +133,21 @@ class Numerics:
             raise ValueError(CAPTURABLE)
         if any(launch.batch.sharded for launch, _ in launches):
             raise ValueError(SHARDED)
-        touched = [entry for launch, group in launches for entry in _touched(launch, group, state)]
+        touched = [_touched(launch, group, state) for launch, group in launches]
         for launch, group in launches:
             run(launch, group, *amp)
         if not touched:
             return
-        device = touched[0].weight.device
-        odd = [entry.not_finite() for entry in touched]
-        still = [] if self.warned else [entry.stood_still() for entry in touched]
+        odd = [not_finite(entries) for entries in touched]
+        still = [] if self.warned else [stood_still(entries) for entries in touched]
+        device = odd[0].device
         counts = torch.stack([count.to(device) for count in odd + still]).tolist()  # the one read
+        every = [entry for entries in touched for entry in entries]
         if any(counts[: len(odd)]):
-            _refuse(touched, counts)
-        lost = [pair for pair in zip(counts[len(odd) :], touched, strict=False) if pair[0]]
-        if lost:
+            _refuse(every)
+        if any(counts[len(odd) :]):
             self.warned = True
-            warnings.warn(_message(lost), LostUpdateWarning, stacklevel=2)
+            warnings.warn(_message(every), LostUpdateWarning, stacklevel=2)
 
 
 def _touched(launch: Launch, group: dict[str, Any], state: State) -> list[Touched]:
@@ -167,10 +174,10 @@ def _entries(tensor: Tensor, index: Tensor | None) -> Tensor:
     return leaves.gather(tensor, index, tensor.dtype)
 
 
-def _refuse(touched: Sequence[Touched], counts: Sequence[int]) -> None:
+def _refuse(touched: Sequence[Touched]) -> None:
+    odd = [(n, entry) for entry in touched if (n := int(not_finite([entry])))]
     for entry in touched:
         entry.undo()
-    odd = [(n, entry) for n, entry in zip(counts, touched, strict=False) if n]
     grads = [
         entry.name
         for _, entry in odd
@@ -187,7 +194,8 @@ def _refuse(touched: Sequence[Touched], counts: Sequence[int]) -> None:
     )
 
 
-def _message(lost: Sequence[tuple[int, Touched]]) -> str:
+def _message(touched: Sequence[Touched]) -> str:
+    lost = [(n, entry) for entry in touched if (n := int(stood_still([entry])))]
     dtypes = ", ".join(sorted({str(entry.weight.dtype) for _, entry in lost}))
     return (
         f"updates were lost in rounding in {_shares(lost)}: they are too small to change weights "
