@@ -22,6 +22,7 @@ EXPECTED = {
     ("scoring", "torch.func vmap"): {"time_ms", "samples_per_s"},
     ("optimizer_step", "fishkern"): {"host_share", "floor_share", "bytes_per_entry"},
     ("optimizer_step", "fishkern (train_only)"): {"speedup:AdamW(fused)"},
+    ("optimizer_step", "fishkern (8 bits)"): {"speedup:AdamW(fused)", "bytes_per_entry"},
     ("optimizer_step", "fishkern, one entry each"): {"time_ms", "ratio:AdamW(fused)"},
     ("optimizer_step", "AdamW(foreach)"): {"time_ms_p20", "time_ms_p80", "persistent_bytes"},
     ("ird", "fishkern"): {"ratio:scoring pass"},
