@@ -4,22 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-import torch
 from torch import Tensor, nn
 
-from fishkern.functional import (
-    linear_fisher_,
-    linear_selected_grad_,
-    norm_fisher_,
-    plan_selected_grad,
-    restrict_columns,
-    restrict_rows,
-)
-from fishkern.functional.selected_grad import SelectedGradPlan
+from fishkern.functional import linear_fisher_, norm_fisher_
 from fishkern.interception.rules import NO_MASKS, Rule, Selection, register_rule
-
-# A larger share of the input's features than this is kept as it is: a copy would save too little.
-_MOST = 0.75
+from fishkern.interception.selected import matrix_grad, select_matrix
 
 
 class LinearRule(Rule):
@@ -48,13 +37,8 @@ class LinearRule(Rule):
         """The columns of the weight that are selected from, and the route to their entries."""
         if name == "bias":
             return _select_sums(indices)
-        size_o, size_i = (weight := _weight(module)).shape
-        columns, restricted = restrict_columns(indices, (size_o, size_i))
-        if len(columns) > _MOST * size_i:
-            plan = plan_selected_grad(indices, (size_o, size_i), dtype=weight.dtype)
-            return _selection(indices, None, plan, size_i)
-        plan = plan_selected_grad(restricted, (size_o, len(columns)), dtype=weight.dtype)
-        return _selection(indices, columns, plan, size_i)
+        weight = _weight(module)
+        return select_matrix(indices, (weight.shape[0], weight.shape[1]), weight.dtype, features=1)
 
     def selected_grad(
         self, module: nn.Module, name: str, selection: Selection, x: Tensor, grad_out: Tensor
@@ -62,7 +46,7 @@ class LinearRule(Rule):
         """``(sum_nt grad_out x^T).flatten()[indices]``, and no more of it than has to be."""
         if name == "bias":
             return _selected_sums(selection, grad_out)
-        return _selected_grad(selection, x, grad_out)
+        return matrix_grad(selection, x, grad_out)
 
     def sample_grads(self, module: nn.Module, x: Tensor, grad_out: Tensor) -> dict[str, Tensor]:
         """``sum_t grad_out x^T``; for the bias ``sum_t grad_out``."""
@@ -118,13 +102,8 @@ class Conv1DRule(Rule):
         """The rows of the weight that are selected from: its columns are the layer's outputs."""
         if name == "bias":
             return _select_sums(indices)
-        size_i, size_o = (weight := _weight(module)).shape
-        rows, restricted = restrict_rows(indices, (size_i, size_o))
-        if len(rows) > _MOST * size_i:
-            plan = plan_selected_grad(indices, (size_i, size_o), dtype=weight.dtype)
-            return _selection(indices, None, plan, size_i)
-        plan = plan_selected_grad(restricted, (len(rows), size_o), dtype=weight.dtype)
-        return _selection(indices, rows, plan, size_i)
+        weight = _weight(module)
+        return select_matrix(indices, (weight.shape[0], weight.shape[1]), weight.dtype, features=0)
 
     def selected_grad(
         self, module: nn.Module, name: str, selection: Selection, x: Tensor, grad_out: Tensor
@@ -132,7 +111,7 @@ class Conv1DRule(Rule):
         """The linear layer's with the two sides exchanged."""
         if name == "bias":
             return _selected_sums(selection, grad_out)
-        return _selected_grad(selection, grad_out, x)
+        return matrix_grad(selection, grad_out, x)
 
     def sample_grads(self, module: nn.Module, x: Tensor, grad_out: Tensor) -> dict[str, Tensor]:
         """``sum_t x grad_out^T``; for the bias ``sum_t grad_out``."""
@@ -174,36 +153,12 @@ def _select_sums(indices: Tensor) -> Selection:
     return Selection(indices, columns=indices[:0], route="sums", kept=0.0, work=0.0)
 
 
-def _selection(
-    indices: Tensor, features: Tensor | None, plan: SelectedGradPlan, num_features: int
-) -> Selection:
-    """A weight, of whose input these features are kept, for a plan of what is left of it."""
-    kept = num_features if features is None else len(features)
-    others = plan.shape[0] * plan.shape[1] // max(kept, 1)
-    gathering = 0 if features is None else 100 * kept  # as plan_selected_grad counts it
-    work = (plan.costs[plan.route] + gathering) / max(others * num_features, 1)
-    return Selection(indices, features, plan, plan.route, kept / max(num_features, 1), work)
-
-
 def _selected_sums(selection: Selection, grad_out: Tensor) -> Tensor:
     """``sum_nt grad_out`` of the selected features."""
     g, indices = grad_out.reshape(-1, grad_out.shape[-1]), selection.indices
     if len(indices) > g.shape[1] // 8:
         return g.sum(0)[indices]
     return g.index_select(1, indices).sum(0)  # less to read
-
-
-def _selected_grad(selection: Selection, x: Tensor, grad_out: Tensor) -> Tensor:
-    plan = selection.plan
-    assert isinstance(plan, SelectedGradPlan)
-    if torch.float64 in (x.dtype, grad_out.dtype):  # which no kernel has
-        g = grad_out if plan.rows is None else grad_out[..., plan.rows]
-        x = x if plan.columns is None else x[..., plan.columns]
-        dense = g.reshape(-1, g.shape[-1]).T @ x.reshape(-1, x.shape[-1]).to(g.dtype)
-        return dense.view(-1)[plan.indices]
-    selected = grad_out.new_zeros(len(plan.indices), dtype=torch.float32)
-    linear_selected_grad_(selected, x, grad_out, plan)
-    return selected
 
 
 def _weight(module: nn.Module) -> Tensor:

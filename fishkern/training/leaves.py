@@ -161,9 +161,6 @@ class Leaves(nn.Module):
                 continue  # lent to the module for one call, by torch.func.functional_call
             if is_sharded(leaf) or is_sharded(weight):
                 raise RuntimeError(SHARDED)
-            home = home_of(leaf)
-            if home is not None and home.weight is weight and home.settled is not settled:
-                continue  # tied: another module's leaves see to it
             if weight.shape != self._shapes[name]:
                 if strict:
                     raise RuntimeError(
@@ -173,6 +170,9 @@ class Leaves(nn.Module):
                         f"fishkern.attached(model).remove(), and resize before attaching"
                     )
                 continue
+            home = home_of(leaf)
+            if home is not None and home.weight is weight and home.settled is not settled:
+                continue  # tied: another module's leaves see to it
             if not thorough and self._seen.get(name) == _stamp(leaf, weight):
                 continue
             if settled.dtype != weight.dtype:  # the model was cast

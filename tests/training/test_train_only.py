@@ -170,7 +170,6 @@ def test_report_names_every_trained_tensor():
     for name in mask:
         assert (name in report) == bool(len(mask[name]))
     assert f"{mask.num_selected:,}" in report
-    assert "rule" in report
 
 
 ERRORS = {

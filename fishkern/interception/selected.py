@@ -1,0 +1,111 @@
+"""The selected entries of a weight matrix, prepared for ``linear_selected_grad_``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fishkern import _ops
+from fishkern.functional import plan_selected_grad, restrict_columns, restrict_rows
+from fishkern.functional.selected_grad import SelectedGradPlan
+from fishkern.interception.rules import Selection
+
+# A larger share of the input's features than this is kept as it is: a copy would save too little.
+_MOST = 0.75
+
+
+@dataclass(frozen=True, eq=False)
+class Matrix:
+    """A route to the entries of a matrix ``[O, I]``: its rows and columns that are used.
+
+    The entries' positions among these are worked out in each backward pass: that takes a
+    thousandth of it, and 4 bytes for each entry less than to hold them.
+
+    Attributes:
+        rows: The features of grad_out that the kernel reads; None: all.
+        columns: Those of x, which may have been restricted before.
+        row_places: Where each of the O rows is among those used ``[O]``; None: where it was.
+        column_places: The same of the columns ``[I]``.
+        width: I.
+        used: How many columns are used.
+    """
+
+    rows: Tensor | None
+    columns: Tensor | None
+    row_places: Tensor | None
+    column_places: Tensor | None
+    width: int
+    used: int
+
+    def positions(self, indices: Tensor) -> Tensor:
+        """Flat positions among the rows and columns that are used."""
+        if self.row_places is self.column_places is None and self.used == self.width:
+            return indices
+        row = indices.div(self.width, rounding_mode="floor")
+        column = indices - row * self.width
+        row = row if self.row_places is None else self.row_places[row]
+        column = column if self.column_places is None else self.column_places[column]
+        return row * self.used + column
+
+
+def select_matrix(
+    indices: Tensor, shape: tuple[int, int], dtype: torch.dtype, *, features: int
+) -> Selection:
+    """Choose what is kept of the layer's input, and the route.
+
+    Args:
+        indices: Flat positions in the matrix.
+        shape: Its shape.
+        dtype: That of the layer's tensors.
+        features: Which dimension of the matrix is the layer's input: 1, or 0 if it is transposed.
+    """
+    size = shape[features]
+    used, restricted = (restrict_rows, restrict_columns)[features](indices, shape)
+    whole = len(used) > _MOST * size
+    left = (len(used), shape[1]) if features == 0 else (shape[0], len(used))
+    if whole:
+        plan, kept = plan_selected_grad(indices, shape, dtype=dtype), None
+    else:
+        plan, kept = plan_selected_grad(restricted, left, dtype=dtype), used
+    share = 1.0 if whole else len(used) / size
+    gathering = 0 if whole else 100 * len(used)  # as plan_selected_grad counts it
+    work = (plan.costs[plan.route] + gathering) / (shape[0] * shape[1])
+    return Selection(indices, kept, _matrix(indices, shape, plan), plan.route, share, work)
+
+
+def _matrix(indices: Tensor, shape: tuple[int, int], plan: SelectedGradPlan) -> Matrix:
+    width = plan.shape[1] if plan.columns is None else len(plan.columns)
+    row, new_row = (
+        flat.div(size, rounding_mode="floor")
+        for flat, size in ((indices, shape[1]), (plan.indices, width))
+    )
+    row_places = _places(row, new_row, shape[0])
+    column_places = _places(indices - row * shape[1], plan.indices - new_row * width, shape[1])
+    return Matrix(plan.rows, plan.columns, row_places, column_places, shape[1], width)
+
+
+def _places(old: Tensor, new: Tensor, size: int) -> Tensor | None:
+    """A table ``[size]`` that leads from each of the old positions to the new one."""
+    if torch.equal(old, new):
+        return None
+    places = torch.zeros(size, dtype=new.dtype, device=new.device)
+    places[old] = new
+    return places
+
+
+def matrix_grad(selection: Selection, x: Tensor, grad_out: Tensor) -> Tensor:
+    """The selected entries of ``sum_p grad_out[p] x[p]^T``, in float32 at least."""
+    matrix = selection.plan
+    assert isinstance(matrix, Matrix)
+    positions = matrix.positions(selection.indices)
+    rows, columns = matrix.rows, matrix.columns
+    if torch.float64 in (x.dtype, grad_out.dtype):  # which no kernel has
+        g = grad_out if rows is None else grad_out[..., rows]
+        x = x if columns is None else x[..., columns]
+        dense = g.reshape(-1, g.shape[-1]).T @ x.reshape(-1, x.shape[-1]).to(g.dtype)
+        return dense.view(-1)[positions]
+    selected = grad_out.new_zeros(len(positions), dtype=torch.float32)
+    _ops.linear_selected_grad_(selected, x, grad_out, positions, rows=rows, columns=columns)
+    return selected
