@@ -79,7 +79,8 @@ class FishSparseAdamW(torch.optim.Optimizer):
             "train" (the whole of it) or "freeze" (it stays in its group, but never changes).
         maximize: Ascend instead of descend.
         foreach: Accepted as by AdamW, without effect: all tensors take one launch anyway.
-        capturable: Keep the step counts on the parameters' device, for CUDA graphs.
+        capturable: Keep the step counts on the parameters' device, for CUDA graphs; call ``step()``
+            once before capturing.
         differentiable: Not available.
         fused: Accepted as by AdamW, without effect.
         state_dtype: What the moments are kept in: float32; bfloat16; or uint8, a byte with, for
