@@ -105,3 +105,19 @@ def test_a_distributed_checkpoint_of_a_changed_mask_is_read_again(flattened, tmp
         for key, value in entry.items():
             assert torch.equal(value, loaded[key]), key
     assert_goes_on_alike((model, optimizer), (other, fresh))
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_several_step_counts_are_not_read_into_one(tmp_path):
+    """A new optimizer has no cohorts yet, and torch reads in place: it says so, and stops."""
+    (model, optimizer), (other, _) = twins()
+    optimizer.set_mask(make_mask(model, 0.5, seed=1))
+    train(model, optimizer, 1)
+    dcp.save({"optimizer": get_state_dict(model, optimizer)[1]}, checkpoint_id=tmp_path)
+    fresh = FishSparseAdamW(other.named_parameters(), mask=optimizer.mask)
+    target = {"optimizer": get_state_dict(other, fresh)[1]}
+    with pytest.raises(dcp.api.CheckpointException, match="Size mismatch"):
+        dcp.load(target, checkpoint_id=tmp_path)
+    fresh.load_state_dict(optimizer.state_dict())  # which torch.save writes, is the way
+    other.load_state_dict(model.state_dict())
+    assert_goes_on_alike((model, optimizer), (other, fresh))
