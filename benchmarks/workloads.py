@@ -26,6 +26,15 @@ MINILM = {"vocab_size": 30522, "hidden_size": 384, "num_hidden_layers": 6}
 MINILM |= {"num_attention_heads": 12, "intermediate_size": 1536}
 TINY = {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 2}
 TINY |= {"num_attention_heads": 2, "intermediate_size": 64}
+# PEFT's methods: the name of their configuration, and what it is given.
+# B is drawn, too: at B = 0 half of all gradients would be zero.
+LORA = {"r": 8, "target_modules": ["query", "value"], "init_lora_weights": False}
+IA3 = {"target_modules": ["key", "value", "output.dense"], "feedforward_modules": ["output.dense"]}
+ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "lora": ("LoraConfig", LORA),
+    "dora": ("LoraConfig", {**LORA, "use_dora": True}),
+    "ia3": ("IA3Config", IA3),
+}
 # Stand-ins for labelled text that need no download: which package does a docstring belong to?
 PACKAGES = ("argparse", "decimal", "email.message", "inspect", "logging", "unittest")
 
@@ -76,7 +85,7 @@ def require(package: str, install: str) -> ModuleType:
 
 
 def scoring_work(config: Config, device: str) -> Work:
-    """``config``: model, params ("lora", "linears" or "all"), batches, batch, tokens, dtype.
+    """``config``: model, params (of ADAPTERS, or "linears", "all"), batches, batch, tokens, dtype.
 
     With the model "linear", a single layer: inputs and outputs in place of params.
     """
@@ -85,11 +94,10 @@ def scoring_work(config: Config, device: str) -> Work:
         return linear_work(config, device)
     model = encoder(config)
     model.requires_grad_(config["params"] == "all")
-    if config["params"] == "lora":
+    if config["params"] in ADAPTERS:
         peft = require("peft", "peft")
-        # B is drawn, too: at B = 0 half of all gradients would be zero.
-        lora = {"target_modules": ["query", "value"], "init_lora_weights": False}
-        model = peft.get_peft_model(model, peft.LoraConfig(r=8, **lora))
+        kind, options = ADAPTERS[config["params"]]
+        model = peft.get_peft_model(model, getattr(peft, kind)(**options))
     elif config["params"] == "linears":
         for module in model.modules():
             module.requires_grad_(True) if isinstance(module, nn.Linear) else None

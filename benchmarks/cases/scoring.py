@@ -10,7 +10,7 @@ import torch
 import fishkern
 from benchmarks import peers
 from benchmarks.harness import Case, Config, Run, Target, Times, Wrong, median_ratio
-from benchmarks.workloads import CLASSES, Work, scoring_work
+from benchmarks.workloads import ADAPTERS, CLASSES, Work, scoring_work
 
 FISHKERN, ORDINARY, LOOP = "fishkern", "ordinary pass", "one-sample loop"
 VMAP, BACKPACK, OPACUS = "torch.func vmap", "BackPACK", "Opacus"
@@ -46,7 +46,10 @@ class Scoring(Case):
         OPACUS: peers.opacus,
     }
     targets = (
-        _target("time / ordinary pass", "lora", f"ratio:{ORDINARY}", 1.05),
+        *(
+            _target("time / ordinary pass", params, f"ratio:{ORDINARY}", 1.05)
+            for params in ADAPTERS
+        ),
         _target("time / ordinary pass", "linears", f"ratio:{ORDINARY}", 1.25),
         _target("time / ordinary pass", "all", f"ratio:{ORDINARY}", 1.25),
         _target("gain over the loop / what batching gives", "lora", "gain_share", 0.95, True),
@@ -63,7 +66,7 @@ class Scoring(Case):
         base |= {"tokens": 64, "dtype": "float32"}
         if suite == "tiny":
             base |= {"model": "tiny", "batches": 2, "batch": 4, "tokens": 8}
-        sweep = [{**base, "params": params} for params in ("lora", "linears", "all")]
+        sweep = [{**base, "params": params} for params in (*ADAPTERS, "linears", "all")]
         layer = {**base, "model": "linear", "batches": 8}
         shapes = [(768, 8, 64), (8, 768, 64), (768, 768, 64), (384, 1536, 128), (1536, 384, 1)]
         if suite == "tiny":
