@@ -45,9 +45,12 @@ def run(
         _run_lists(launch, group["amsgrad"], options)
     # The op is called below autograd, which has to learn that saved weights have changed.
     torch.autograd.graph.increment_version(_chosen(launch, batch.targets))
-    if batch.masters:
+    if batch.settled is not None:
         masters = _chosen(launch, batch.masters)
-        torch._foreach_copy_(_chosen(launch, batch.settled), masters)
+        if launch.some is None:
+            torch.cat(masters, out=batch.settled.tensor)
+        else:
+            torch._foreach_copy_(_chosen(launch, batch.settled.views), masters)
         torch.autograd.graph.increment_version(masters)
 
 

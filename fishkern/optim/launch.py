@@ -30,7 +30,7 @@ State = MutableMapping[Tensor, dict[str, Any]]
 
 @dataclass(slots=True, eq=False)
 class Packed:
-    """One kind of state of a whole batch, and the views into it that the states hold."""
+    """One kind of values of a whole batch, and the views into it that the parameters have."""
 
     tensor: Tensor
     views: list[Tensor]
@@ -58,7 +58,7 @@ class Batch:
     params: list[Tensor] = field(default_factory=list)
     targets: list[Tensor] = field(default_factory=list)
     masters: list[Tensor] = field(default_factory=list)  # empty, or one for each parameter
-    settled: list[Tensor] = field(default_factory=list)  # of each master: see leaves.Home
+    settled: Packed | None = None  # of the masters: see leaves.Home
     sorting: Sorting | None = None  # of entries with several step counts, after set_mask
     indices: list[Tensor] = field(default_factory=list)
     shapes: list[torch.Size | None] = field(default_factory=list)
@@ -126,7 +126,8 @@ def make_plan(
         home = None if sharded else leaves.home_of(param)
         wide = index is not None and index.dtype == torch.int64  # packed indices are of one dtype
         several = COHORTS in state.get(param, ())
-        key = (device, sharded, leaves.wide_dtype(param), home is None, wide, several)
+        held = None if home is None else home.weight.dtype  # of leaves' packed copies
+        key = (device, sharded, leaves.wide_dtype(param), held, wide, several)
         batch = batches.setdefault(key, Batch(device, sharded, state_dtype, scales))
         nothing = every.setdefault(device, torch.empty(0, dtype=torch.int32, device=device))
         batch.params.append(param)
@@ -134,7 +135,6 @@ def make_plan(
         if home is not None:
             batch.targets.append(home.weight)
             batch.masters.append(param.detach())
-            batch.settled.append(home.settled)
             batch.indices.append(home.indices)
         else:
             batch.targets.append(param)
@@ -145,6 +145,8 @@ def make_plan(
         # Leaves keep their own memory: they are parameters, which others may exchange.
         elif not batch.sharded and not batch.masters and state_dtype is torch.float32:
             _lay_out(batch)
+        if batch.masters:
+            batch.settled = Packed(*leaves.pack_settled(batch.params))
     return Plan(list(params), list(batches.values()), leaves.generation())
 
 

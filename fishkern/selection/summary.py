@@ -9,6 +9,8 @@ from itertools import takewhile
 import torch
 from torch import Tensor
 
+from fishkern.functional import plan_selected_grad
+
 __all__ = ["layer_of", "summarize", "type_of"]
 
 _BAR = 20
@@ -16,7 +18,7 @@ _BAR = 20
 
 @dataclass
 class _Group:
-    """Sums over some tensors: entries, and columns and rows of those that are matrices."""
+    """Sums over some tensors: entries, and of those that are matrices columns, rows and work."""
 
     selected: int = 0
     entries: int = 0
@@ -24,6 +26,8 @@ class _Group:
     columns: int = 0
     used_rows: int = 0
     rows: int = 0
+    work: int = 0
+    dense_work: int = 0
 
     def add(self, index: Tensor, shape: torch.Size) -> None:
         self.selected += len(index)
@@ -33,15 +37,23 @@ class _Group:
         rows, columns = shape[0], shape.numel() // shape[0]
         self.rows, self.columns = self.rows + rows, self.columns + columns
         self.used_rows += _distinct(index.div(columns, rounding_mode="floor"), rows)
-        self.used_columns += _distinct(index % columns, columns)
+        used_columns = _distinct(index % columns, columns)
+        self.used_columns += used_columns
+        if len(index):
+            costs = plan_selected_grad(index.cpu(), (rows, columns)).costs
+            # The route, and gathering the columns: as train_only goes about it.
+            self.work += min(min(costs.values()) + 100 * used_columns, rows * columns)
+        self.dense_work += rows * columns
 
 
 def summarize(indices: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> str:
     """The table: a line for the total, then one for each layer and for each type of module.
 
     Columns of the table: the share of the group's entries that is selected; how many; the share of
-    all selected entries that lies in the group, also as a bar; and the shares of its matrices'
-    columns and rows that hold a selected entry (a matrix being [shape[0], *]).
+    all selected entries that lies in the group, also as a bar; the shares of its matrices' columns
+    and rows that hold a selected entry (a matrix being [shape[0], *]); and the share of the work of
+    their dense gradients that ``train_only`` is expected to do, on a CPU. The share of the columns
+    is that of the layers' inputs which it keeps for the backward pass.
     """
     total = _Group()
     for name, index in indices.items():
@@ -55,7 +67,7 @@ def summarize(indices: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -
     width = max(len(label) for groups in blocks for label in groups)
     lines = [
         f"{'':{width}}  {'density':>8}  {'selected':>11}  {'of all':>6}  {'':{_BAR}}  "
-        f"{'columns':>7}  {'rows':>6}"
+        f"{'columns':>7}  {'rows':>6}  {'work':>6}"
     ]
     for title, groups in zip(("", "by layer", "by type of module"), blocks, strict=True):
         lines += [title] if title else []
@@ -107,13 +119,17 @@ def _shortened(key: Callable[[str], str], names: Mapping[str, Tensor]) -> Callab
 def _line(label: str, group: _Group, width: int, selected: int) -> str:
     of_all = group.selected / max(selected, 1)
     bar = "#" * round(_BAR * of_all)
-    columns, rows = (
+    columns, rows, work = (
         f"{used / count:.1%}" if count else "-"
-        for used, count in ((group.used_columns, group.columns), (group.used_rows, group.rows))
+        for used, count in (
+            (group.used_columns, group.columns),
+            (group.used_rows, group.rows),
+            (group.work, group.dense_work),
+        )
     )
     return (
         f"{label:{width}}  {group.selected / max(group.entries, 1):8.3%}  {group.selected:11,}  "
-        f"{of_all:6.1%}  {bar:{_BAR}}  {columns:>7}  {rows:>6}"
+        f"{of_all:6.1%}  {bar:{_BAR}}  {columns:>7}  {rows:>6}  {work:>6}"
     )
 
 

@@ -6,7 +6,7 @@ A weight with selected entries is frozen; its selected values live in one 1-D fl
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -65,6 +65,20 @@ def home_of(leaf: Tensor) -> Home | None:
         )
     owner = leaves()
     return None if owner is None else owner.home(name)
+
+
+def pack_settled(leaves: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Lay ``Home.settled`` of some leaves into one tensor; returns it and the parts.
+
+    The leaves are those of weights of one dtype.
+    """
+    places = [(_homes[leaf][0](), _homes[leaf][1]) for leaf in leaves]
+    settled = [owner._buffers[name + SETTLED] for owner, name in places]
+    packed = torch.cat(settled)
+    parts = list(packed.split([len(part) for part in settled]))
+    for (owner, name), part in zip(places, parts, strict=True):
+        owner._buffers[name + SETTLED] = part
+    return packed, parts
 
 
 def is_sharded(tensor: Tensor) -> bool:
