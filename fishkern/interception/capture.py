@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -74,10 +74,16 @@ class _Intercepted(torch.autograd.Function):
         site, x, grad_x = ctx.site, ctx.saved_tensors[0], None
         device, dtype, enabled = ctx.autocast
         if ctx.needs_input_grad[2]:
-            with torch.autocast(device, dtype, enabled=enabled):  # as in the forward pass
+            with _autocast(device, dtype, enabled):  # as in the forward pass
                 grad_x = site.rule.input_grad(site.module, x, grad_out).to(ctx.x_dtype)
-        with torch.autocast(device, enabled=False):
+        with _autocast(device, dtype, False):
             return (None, None, grad_x, *nothing, *site.consume(site, x, grad_out))
+
+
+def _autocast(device: str, dtype: torch.dtype, enabled: bool) -> AbstractContextManager[Any]:
+    if not enabled and not torch.is_autocast_enabled(device):
+        return nullcontext()  # sooner there
+    return torch.autocast(device, dtype, enabled=enabled)
 
 
 def run_intercepted(site: Site, x: Tensor, anchors: Sequence[Tensor] = ()) -> Tensor:
