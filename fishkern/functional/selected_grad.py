@@ -13,6 +13,10 @@ from fishkern import _ops  # noqa: F401  (registers torch.ops.fishkern)
 from fishkern.functional.checks import check_accumulator
 
 ROUTES = ("tiles", "columns", "rows")
+# Gathering one number, in multiply-adds of a large float32 product.
+_GATHERING = 100
+# A larger share of a layer's input than this is kept as it is: a copy would save too little.
+_MOST = 0.75
 
 
 def restrict_columns(indices: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -127,11 +131,11 @@ def plan_selected_grad(
     The costs are counted for one token, in multiply-adds of a large float32 product.
     With R rows and C columns that hold a selected entry, on a CPU, as measured on one thread::
 
-        tiles    3 k + 25 (R + C)       3: no operand stays in registers; 25: packing a feature
-        columns  O (C + 8) + 100 C      8: reading grad_out; 100: gathering a feature (if C < I)
-        rows     I (R + 8) + 100 R
+        tiles    3 k + 25 (R + C)           3: no operand stays in registers; 25: packing a feature
+        columns  O C + 8 max(O, C) + 100 C  8: reading the wider operand; 100: gathering a feature
+        rows     R I + 8 max(R, I) + 100 R  (if it is not all of them)
 
-    Where a CPU has matrix units for bfloat16, ``O (C / 4 + 14)`` takes the place of ``O (C + 8)``.
+    Where a CPU has matrix units for bfloat16, a quarter of the product and 14 are counted, not 8.
     Dtypes other than bfloat16 and float32 go by dot products on every route.
 
     On a GPU all routes run in one kernel, whose work is its tiles of b = 64 a side: b b for each
@@ -176,6 +180,43 @@ def plan_selected_grad(
     return SelectedGradPlan(route, shape, *found, costs=MappingProxyType(costs))
 
 
+def plan_restricted(
+    indices: Tensor,
+    shape: tuple[int, int],
+    *,
+    features: int = 1,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor | None, SelectedGradPlan, float]:
+    """What to keep of a layer's input until the backward pass, and the plan for what is left.
+
+    Args:
+        indices: As for ``plan_selected_grad``.
+        shape: The weight's.
+        features: Which dimension of it is the layer's input: 1, or 0 if the weight is transposed.
+        dtype: What x and grad_out will be.
+
+    Returns:
+        The features to keep, ascending, or None for all; the plan, with positions in the matrix
+        that is restricted to them; and the expected share of the dense gradient's cost, gathering
+        included.
+
+    Example:
+        >>> import torch
+        >>> columns, plan, work = plan_restricted(torch.arange(0, 512 * 512, 512), (512, 512))
+        >>> columns, plan.shape, f"{work:.1%}"  # the whole first column
+        (tensor([0]), (512, 1), '1.8%')
+    """
+    used, restricted = (restrict_rows, restrict_columns)[features](indices, shape)
+    dense = shape[0] * shape[1] + 8 * max(shape)
+    if len(used) > _MOST * shape[features]:
+        plan = plan_selected_grad(indices, shape, dtype=dtype)
+        return None, plan, plan.costs[plan.route] / max(dense, 1)
+    left = (len(used), shape[1]) if features == 0 else (shape[0], len(used))
+    plan = plan_selected_grad(restricted, left, dtype=dtype)
+    cost = plan.costs[plan.route] + _GATHERING * len(used)
+    return used, plan, cost / max(dense, 1)
+
+
 def _cpu_costs(
     count: int, shape: tuple[int, int], rows: int, columns: int, dtype: torch.dtype
 ) -> dict[str, int]:
@@ -185,8 +226,9 @@ def _cpu_costs(
     matrix_units = dtype == torch.bfloat16 and _has_matrix_units()
 
     def dense(long: int, short: int, whole: int) -> int:
-        product = long * (short // 4 + 14 if matrix_units else short + 8)
-        return product + 100 * short * (short < whole)
+        product, reading = long * short, max(long, short)
+        product = product // 4 + 14 * reading if matrix_units else product + 8 * reading
+        return product + _GATHERING * short * (short < whole)
 
     return {
         "tiles": tiles,

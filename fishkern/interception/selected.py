@@ -8,12 +8,8 @@ import torch
 from torch import Tensor
 
 from fishkern import _ops
-from fishkern.functional import plan_selected_grad, restrict_columns, restrict_rows
-from fishkern.functional.selected_grad import SelectedGradPlan
+from fishkern.functional.selected_grad import SelectedGradPlan, plan_restricted
 from fishkern.interception.rules import Selection
-
-# A larger share of the input's features than this is kept as it is: a copy would save too little.
-_MOST = 0.75
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,20 +54,11 @@ def select_matrix(
     Args:
         indices: Flat positions in the matrix.
         shape: Its shape.
-        dtype: That of the layer's tensors.
+        dtype: The weight's, for which costs are counted: autocast's is not known yet.
         features: Which dimension of the matrix is the layer's input: 1, or 0 if it is transposed.
     """
-    size = shape[features]
-    used, restricted = (restrict_rows, restrict_columns)[features](indices, shape)
-    whole = len(used) > _MOST * size
-    left = (len(used), shape[1]) if features == 0 else (shape[0], len(used))
-    if whole:
-        plan, kept = plan_selected_grad(indices, shape, dtype=dtype), None
-    else:
-        plan, kept = plan_selected_grad(restricted, left, dtype=dtype), used
-    share = 1.0 if whole else len(used) / size
-    gathering = 0 if whole else 100 * len(used)  # as plan_selected_grad counts it
-    work = (plan.costs[plan.route] + gathering) / (shape[0] * shape[1])
+    kept, plan, work = plan_restricted(indices, shape, features=features, dtype=dtype)
+    share = 1.0 if kept is None else len(kept) / shape[features]
     return Selection(indices, kept, _matrix(indices, shape, plan), plan.route, share, work)
 
 

@@ -9,7 +9,7 @@ from itertools import takewhile
 import torch
 from torch import Tensor
 
-from fishkern.functional import plan_selected_grad
+from fishkern.functional.selected_grad import plan_restricted
 
 __all__ = ["layer_of", "summarize", "type_of"]
 
@@ -26,7 +26,7 @@ class _Group:
     columns: int = 0
     used_rows: int = 0
     rows: int = 0
-    work: int = 0
+    work: float = 0.0
     dense_work: int = 0
 
     def add(self, index: Tensor, shape: torch.Size) -> None:
@@ -37,12 +37,10 @@ class _Group:
         rows, columns = shape[0], shape.numel() // shape[0]
         self.rows, self.columns = self.rows + rows, self.columns + columns
         self.used_rows += _distinct(index.div(columns, rounding_mode="floor"), rows)
-        used_columns = _distinct(index % columns, columns)
-        self.used_columns += used_columns
+        self.used_columns += _distinct(index % columns, columns)
         if len(index):
-            costs = plan_selected_grad(index.cpu(), (rows, columns)).costs
-            # The route, and gathering the columns: as train_only goes about it.
-            self.work += min(min(costs.values()) + 100 * used_columns, rows * columns)
+            _, _, work = plan_restricted(index.cpu(), (rows, columns))
+            self.work += work * rows * columns
         self.dense_work += rows * columns
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fishkern.interception import rule_for
-from fishkern.training.leaves import CHILD
+from fishkern.training.leaves import CHILD, INDICES
 
 _TITLES = ("tensor", "layer", "trained", "of", "columns", "rows", "kept", "work", "gradient")
 _WORDS = (0, 1, 8)  # columns that are aligned to the left
@@ -56,9 +56,10 @@ def _row(module: nn.Module, local: str, name: str, index: Tensor) -> tuple[str, 
     if "forward" in type(module).__dict__:
         rule, reader = rule_for(module), leaves.reader
         assert rule is not None
-        selection = (
-            rule.prepare(module, local, index) if reader is None else reader.selections[local]
-        )
+        if reader is None:  # no training forward yet
+            selection = rule.prepare(module, local, leaves._buffers[local + INDICES])
+        else:
+            selection = reader.selections[local]
         share = selection.kept if reader is None else reader.share_kept(local)
         kept, work, gradient = f"{share:.1%}", f"{selection.work:.1%}", selection.route
         if local in leaves.read_whole:

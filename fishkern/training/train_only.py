@@ -140,7 +140,11 @@ class Handle:
 
         After a training forward it also says what other modules keep with it, and which weights
         are read otherwise than by their layers' rules, so that the dense gradient is formed.
+
+        Raises:
+            RuntimeError: The handle was removed.
         """
+        self._check_attached()
         return report(self._dense, self._mask)
 
     @torch.no_grad()
@@ -180,8 +184,7 @@ class Handle:
                 f"entries: train with fishkern.FishSparseAdamW (pass what a wrapper holds), or "
                 f"call handle.remove(), train_only with the new mask, and build the optimizer anew"
             )
-        if attached(self._model) is not self:
-            raise RuntimeError("train_only was removed from the model: call train_only again")
+        self._check_attached()
         params = named_parameters(self._model)
         check_mask({n: p for n, p in params.items() if CHILD not in n.split(".")}, new_mask)
         if whole := sorted(self._keep_trainable & {n for n in new_mask if len(new_mask[n])}):
@@ -237,6 +240,10 @@ class Handle:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         follow(self)
+
+    def _check_attached(self) -> None:
+        if attached(self._model) is not self:
+            raise RuntimeError("train_only was removed from the model: call train_only again")
 
     def _leaves(self) -> Iterator[Leaves]:
         for module in {module: None for module, _, _ in self._dense}:

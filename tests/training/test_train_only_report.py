@@ -1,5 +1,6 @@
 """What handle.report() says about each tensor."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -53,3 +54,12 @@ def test_an_unknown_layer_trains_by_the_dense_gradient():
     model = nn.PReLU(5)
     handle = train_only(model, SparseMask({"weight": torch.tensor([2])}, {"weight": (5,)}))
     assert rows(handle)["weight", "PReLU"][-1].startswith("dense")
+
+
+def test_a_removed_handle_has_no_report():
+    model = nn.Linear(3, 2)
+    handle = train_only(model, SparseMask({"weight": torch.tensor([1])}, {"weight": (2, 3)}),
+                        unlisted="freeze")  # fmt: skip
+    handle.remove()
+    with pytest.raises(RuntimeError, match="removed"):
+        handle.report()
