@@ -42,7 +42,21 @@ INNER_LAYERS = {
         {"one_sample", "squares"},
     ],
     "selection": [{"select"}, {"masks"}],
-    "training": [{"train_only"}, {"alias", "steps", "watch"}],
+    "training": [{"train_only"}, {"alias", "report", "steps", "watch"}, {"inputs"}],
+    "optim": [
+        {"optimizer"},
+        {"numerics", "remasking"},
+        {"calls", "checkpoint"},
+        {"arguments", "launch"},
+    ],
+    "interception": [
+        {"runners"},
+        {"rerun"},
+        {"elementwise", "conv"},
+        {"linear", "put_in"},
+        {"capture", "embedding", "norm", "selected"},
+        {"rules"},
+    ],
 }
 # The two consumers of interception do not know each other.
 STRANGERS = [({"scoring"}, {"training", "optim"})]
