@@ -66,8 +66,18 @@ class _Intercepted(torch.autograd.Function):
         return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None) -> tuple[Any, ...]:
+        if ctx.site.keep is not None and torch.is_grad_enabled():
+            raise RuntimeError(
+                f"create_graph=True: what a {original_class(ctx.site.module).__name__} with "
+                f"selected entries keeps of its input is too little for second derivatives; take "
+                f"the first ones by torch.func.grad or torch.func.vjp, where they can be taken"
+            )
+        return _Intercepted._grads(ctx, grad_out)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def _grads(ctx: Any, grad_out: Tensor | None) -> tuple[Any, ...]:
         nothing = (None,) * ctx.num_params
         if grad_out is None:
             return (None, None, None, *nothing, *(None,) * ctx.num_anchors)

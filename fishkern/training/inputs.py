@@ -8,16 +8,19 @@ of all of them are gathered and kept once.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdRef
 
 from fishkern.interception import Rule, Selection, Site
 
-_KEPT = "_fishkern_kept"  # an attribute of the input, so that it goes with it
+#: What was kept of each input last, by the input's id, as long as a backward pass needs it.
+_found: dict[int, _Found] = {}
 
 
 class Reader:
@@ -62,17 +65,18 @@ class Reader:
 
         Who shares an input is found out here, and holds from the next forward on.
         """
-        if _is_checkpointed():
+        if _is_checkpointed() or x.is_inference():  # whose changes are not counted
             return _kept(x, self._own, dtype)
-        found: _Found | None = getattr(x, _KEPT, None)
-        if found is not None and found.version == x._version:
+        found = _found.get(id(x))
+        if found is not None and found.x() is x and found.version == x._version:
+            values = found.values()
             if found.reader._company is not self._company:
                 found.reader._join(self)
-            elif found.kept.columns is self.columns and found.kept.values.dtype == dtype:
-                return found.kept
+            elif found.columns is self.columns and values is not None and values.dtype == dtype:
+                return Kept(values, found.columns)
         kept = _kept(x, self.columns, dtype)
         if kept.columns is not None:
-            setattr(x, _KEPT, _Found(kept, x._version, self))
+            _remember(x, kept, self)
         return kept
 
     def _join(self, other: Reader) -> None:
@@ -99,9 +103,23 @@ class Kept(NamedTuple):
 
 
 class _Found(NamedTuple):
-    kept: Kept
+    x: weakref.ref[Tensor]
     version: int  # the input's: it may be changed in place between two readers
+    values: weakref.ref[Tensor]
+    columns: Tensor
     reader: Reader
+
+
+def _remember(x: Tensor, kept: Kept, reader: Reader) -> None:
+    """Until its values are freed, which the backward pass does.
+
+    An input that lives on may be filled anew where no version counts it: by numpy, through
+    ``.data``, by a fused optimizer, or for a CUDA graph's replay.
+    """
+    assert kept.columns is not None
+    key = id(x)
+    values = WeakIdRef(kept.values, lambda _: _found.pop(key, None))
+    _found[key] = _Found(weakref.ref(x), x._version, values, kept.columns, reader)
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,8 +156,8 @@ class Use:
                 grad = site.rule.param_grad(site.module, name, x, grad_out)
             else:
                 selection = self._reader.selections[name]
-                x = kept.narrowed(selection.columns)
-                grad = site.rule.selected_grad(site.module, name, selection, x, grad_out)
+                features = kept.narrowed(selection.columns)
+                grad = site.rule.selected_grad(site.module, name, selection, features, grad_out)
             grads.append(grad.to(dtype))
         return grads
 

@@ -371,3 +371,45 @@ def test_one_rule_in_one_place_serves_scoring_and_training(monkeypatch):
     for name, grad in found.items():
         assert_matches(grad, dense[name].flatten()[mask[name].long()], terms=N * T)
     assert "by feature" in attached(model).report()
+
+
+class Pair(nn.Module):
+    """A made-up layer of two matrices that read the same input."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = (nn.Parameter(torch.randn(O, I)) for _ in range(2))
+
+    def forward(self, x):
+        return x @ (self.left + 2 * self.right).T
+
+
+class PairRule(fishkern.Rule):
+    params = ("left", "right")
+
+    def sample_grads(self, module, x, grad_out):
+        grad = grad_out.mT @ x
+        return {"left": grad, "right": 2 * grad}
+
+    def prepare(self, module, name, indices):
+        return Selection(indices, columns=(indices % I).unique())
+
+    def selected_grad(self, module, name, selection, x, grad_out):
+        grad = torch.zeros(O, I)
+        grad[:, selection.columns] = grad_out.flatten(0, -2).T @ x.flatten(0, -2)
+        return grad.flatten()[selection.indices] * (2 if name == "right" else 1)
+
+
+def test_a_matrix_that_is_trained_whole_beside_a_selected_one_reads_all_of_the_input(monkeypatch):
+    monkeypatch.setattr(rules, "_RULES", dict(rules._RULES))
+    fishkern.register_rule(Pair, PairRule())
+    torch.manual_seed(0)
+    model, x = Pair(), torch.randn(N, T, I)
+    truth = copy.deepcopy(model).double()
+    mask = SparseMask({"left": torch.tensor([3, I + 5])}, {"left": (O, I)})
+    train_only(model, mask, unlisted="train")
+    for each, values in ((truth, x.double()), (model, x)):
+        each(values).square().sum().backward()
+    assert_matches(model._parameters["right"].grad, truth.right.grad, terms=N * T)
+    expected = truth.left.grad.flatten()[mask["left"].long()]
+    assert_matches(leaf_gradients(model)["left"], expected, terms=N * T)
