@@ -246,6 +246,25 @@ def test_backends_store_the_same_bits(backend, state_dtype):
     assert all(map(torch.equal, *results))
 
 
+# numpy, which stands in for the hardware in the interpreter, warns of what is tested here.
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@of_either_kind
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, -1, 0x7F800000, -0x800000], ids=hex)
+def test_a_gradient_that_is_not_finite_is_seen_in_the_moments(backend, state_dtype, bits):
+    """NaN as CPUs make it and as GPUs do, NaN with a sign, and both infinities."""
+    case = Case(state_dtype, sizes={(100,): 70})
+    case.grads[0].view(torch.int32)[case.indices[0][40]] = bits
+    case.run()
+    spoilt = torch.arange(70) == 40
+    assert torch.equal(~case.values(0).isfinite(), spoilt)
+    if state_dtype == torch.uint8:
+        spoilt = torch.arange(70) // 32 == 1  # the block
+        for scale in case.scales:
+            assert (scale[0] == 255).tolist() == [False, True, False]
+    for kind in range(2):
+        assert torch.equal(~case.moment(0, kind).isfinite(), spoilt)
+
+
 @of_either_kind
 def test_second_moments_follow_although_a_step_changes_less_than_they_resolve(backend, state_dtype):
     """g^2 is 1 until v has settled, then 0.25: v comes down, by 0.75e-3 of itself a step."""

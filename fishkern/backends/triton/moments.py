@@ -17,6 +17,7 @@ ALMOST_ONE = tl.constexpr((1 << storage.DROPPED) - 1)  # unit of the largest man
 SIGNED_TOP = tl.constexpr(storage.SIGNED_TOP)
 UNSIGNED_TOP = tl.constexpr(storage.UNSIGNED_TOP)
 NOT_FINITE = tl.constexpr(storage.NOT_FINITE)
+INFINITY = tl.constexpr(storage.NOT_FINITE << 23)  # float32's bits
 
 
 @triton.jit
@@ -68,10 +69,11 @@ def store_moment(ptr, scale_ptr, entry, inside, value, up, SIGNED: tl.constexpr)
 def _store_bytes(ptr, scale_ptr, entry, inside, bits, up, SIGNED: tl.constexpr):
     top: tl.constexpr = SIGNED_TOP if SIGNED else UNSIGNED_TOP
     magnitude = tl.where(inside, bits & 0x7FFFFFFF, 0)
-    # The exponent of the largest value after rounding it up: no rounding leaves the range.
+    # The exponent of the largest value after rounding it up: no rounding leaves the range. NaN,
+    # up to 0x7FFFFFFF (as GPUs make it), is taken for infinity, lest the sum overflow int32.
     blocks: tl.constexpr = magnitude.shape[0] // SCALE_BLOCK
     largest = tl.max(tl.reshape(magnitude, (blocks, SCALE_BLOCK)), axis=1, keep_dims=True)
-    shared = tl.minimum((largest + ALMOST_ONE) >> 23, NOT_FINITE)
+    shared = (tl.minimum(largest, INFINITY) + ALMOST_ONE) >> 23
     shared = tl.reshape(tl.broadcast_to(shared, (blocks, SCALE_BLOCK)), magnitude.shape)
     exponent = magnitude >> 23
     relative = exponent - shared + top
