@@ -12,7 +12,7 @@ from fishkern import SparseMask, attached, train_only
 from fishkern.training import inputs
 from tests.support.tolerances import assert_matches
 from tests.support.training import leaf_gradients
-from tests.training.test_train_only_inputs import N, T, I, Readers, check_gradients, column_mask
+from tests.training.test_train_only_inputs import I, N, Readers, T, check_gradients, column_mask
 
 REFILLS = {
     "numpy": lambda x, values: x.numpy().__setitem__(slice(None), values.numpy()),
