@@ -140,7 +140,8 @@ class Trainer:
         packed: list[weakref.ref[_Saved]] = []
 
         def pack(tensor: Tensor) -> _Saved:
-            saved = _Saved(tensor.detach())  # attached, an output would hold its own graph
+            # Its very self, by which layers that share it know it; an output would hold its graph.
+            saved = _Saved(tensor if tensor.grad_fn is None else tensor.detach())
             packed.append(weakref.ref(saved))
             return saved
 

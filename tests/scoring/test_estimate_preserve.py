@@ -29,6 +29,7 @@ class Layers(nn.Module):
         super().__init__()
         self.first, self.norm = nn.Linear(I, I), nn.BatchNorm1d(I)
         self.drop, self.last = nn.Dropout(0.5), nn.Linear(I, I)
+        self.slope = nn.PReLU()  # which no rule knows
         self.frozen = nn.Linear(I, I)
         self.functional = nn.Parameter(torch.randn(I))
         self.register_buffer("calls", torch.zeros(()))
@@ -47,7 +48,7 @@ class Layers(nn.Module):
         x = self.norm(self.first(x).mT).mT
         if self.training:
             self.norm.running_mean += 1
-        return self.last(self.frozen(self.drop(x))) * self.functional
+        return self.last(self.slope(self.frozen(self.drop(x)))) * self.functional
 
 
 def made():
