@@ -18,13 +18,7 @@ void masked_adamw_(const Tensors& params, const Tensors& grads, const Tensors& i
                    const std::optional<Tensor>& found_inf) {
   if (skipped(found_inf)) return;
   const size_t n = params.size();
-  for (const Tensors* list : {&grads, &indices, &exp_avgs, &exp_avg_sqs}) {
-    STD_TORCH_CHECK(list->size() == n, "lists of different lengths: ", list->size(), " and ", n);
-  }
-  for (const Tensors* list : {&max_exp_avg_sqs, &masters}) {
-    STD_TORCH_CHECK(list->empty() || list->size() == n, "an optional list has ", list->size(),
-                    " entries, params ", n);
-  }
+  check_lists(n, {&grads, &indices, &exp_avgs, &exp_avg_sqs}, {&max_exp_avg_sqs, &masters});
   Steps step(
       steps, n,
       {scalar(lr, "lr"), beta1, beta2, eps, weight_decay, grad_divisor(grad_scale, maximize)});
@@ -32,12 +26,8 @@ void masked_adamw_(const Tensors& params, const Tensors& grads, const Tensors& i
   all.reserve(n);
   for (size_t i = 0; i < n; ++i) {
     const int64_t count = exp_avgs[i].numel();
-    const int64_t selected = indices[i].numel();
-    STD_TORCH_CHECK(selected == 0 || selected == count, "exp_avgs[", i, "] has ", count,
-                    " entries, indices[", i, "] ", selected);
+    const Positions where = positions_of(indices[i], count, i);
     if (count == 0) continue;
-    Positions where{nullptr, 0};
-    if (selected) where = {indices[i].const_data_ptr(), index_bytes(indices[i])};
     Entries& entries = all.emplace_back(
         entries_of({params[i], "params", i}, {grads[i], "grads", i}, where, count, step[i], i));
     const Tensor* v_max = max_exp_avg_sqs.empty() ? nullptr : &max_exp_avg_sqs[i];

@@ -5,7 +5,7 @@
 
 #include <cmath>
 
-#include "cpu/simd/adamw.h"
+#include "cpu/adamw_entries.h"
 
 namespace fishkern::adamw {
 namespace {
@@ -46,12 +46,6 @@ void store(void* data, Dtype dtype, int64_t i, double x) {
     case Dtype::kByte:
       return;
   }
-}
-
-int64_t position(Positions where, int64_t i) {
-  if (where.at == nullptr) return i;
-  return where.bytes == 4 ? static_cast<const int32_t*>(where.at)[i]
-                          : static_cast<const int64_t*>(where.at)[i];
 }
 
 }  // namespace

@@ -46,10 +46,7 @@ void update_part(const Entries& entries, int64_t begin, int64_t count) {
   for (const int64_t end = begin + count; begin < end; begin += kBlock) {
     Run part = slice(run, begin, std::min(kBlock, end - begin));
     for (int64_t i = 0; i < part.count; ++i) {
-      const int64_t flat = run.param_at.at == nullptr ? begin + i
-                           : run.param_at.bytes == 4
-                               ? static_cast<const int32_t*>(run.param_at.at)[begin + i]
-                               : static_cast<const int64_t*>(run.param_at.at)[begin + i];
+      const int64_t flat = position(run.param_at, begin + i);
       param_at[i] = entries.param_layout.offset(flat);
       grad_at[i] = entries.grad_layout.offset(entries.grad_selected ? begin + i : flat);
     }

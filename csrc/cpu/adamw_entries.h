@@ -1,4 +1,4 @@
-// The selected entries of one tensor, whatever its dtypes and strides.
+// Selected entries, whatever the dtypes and strides of their tensors; their sharing among threads.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -19,6 +19,13 @@ Pointer advance(Pointer data, int64_t bytes) {
   using Byte =
       std::conditional_t<std::is_const_v<std::remove_pointer_t<Pointer>>, const char, char>;
   return data ? static_cast<Byte*>(data) + bytes : nullptr;
+}
+
+// Where entry i of a run lies.
+inline int64_t position(Positions where, int64_t i) {
+  if (where.at == nullptr) return i;
+  return where.bytes == 4 ? static_cast<const int32_t*>(where.at)[i]
+                          : static_cast<const int64_t*>(where.at)[i];
 }
 
 // Sizes and strides; without dimensions where the tensor is contiguous.

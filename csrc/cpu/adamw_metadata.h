@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cmath>
+#include <initializer_list>
 #include <optional>
 #include <vector>
 
@@ -197,6 +198,27 @@ inline int64_t index_bytes(const Tensor& indices) {
   STD_TORCH_CHECK((is_int || is_dtype(dtype, aoti_torch_dtype_int64)) && indices.is_contiguous(),
                   "indices must be contiguous, int32 or int64");
   return is_int ? 4 : 8;
+}
+
+// Where tensor i's `count` entries lie: `at` is null where all of it are selected.
+inline Positions positions_of(const Tensor& indices, int64_t count, size_t i) {
+  const int64_t selected = indices.numel();
+  STD_TORCH_CHECK(selected == 0 || selected == count, "exp_avgs[", i, "] has ", count,
+                  " entries, indices[", i, "] ", selected);
+  if (selected == 0) return {nullptr, 0};
+  return {indices.const_data_ptr(), index_bytes(indices)};
+}
+
+// One entry for each of n parameters in every list; optional ones may be empty.
+inline void check_lists(size_t n, std::initializer_list<const Tensors*> lists,
+                        std::initializer_list<const Tensors*> optional) {
+  for (const Tensors* list : lists) {
+    STD_TORCH_CHECK(list->size() == n, "lists of different lengths: ", list->size(), " and ", n);
+  }
+  for (const Tensors* list : optional) {
+    STD_TORCH_CHECK(list->empty() || list->size() == n, "an optional list has ", list->size(),
+                    " entries, params ", n);
+  }
 }
 
 inline bool skipped(const std::optional<Tensor>& found_inf) {

@@ -47,13 +47,8 @@ void masked_adamw_quantized_(const Tensors& params, const Tensors& grads, const 
                              const std::optional<Tensor>& found_inf) {
   if (skipped(found_inf)) return;
   const size_t n = params.size();
-  for (const Tensors* list : {&grads, &indices, &exp_avgs, &exp_avg_sqs}) {
-    STD_TORCH_CHECK(list->size() == n, "lists of different lengths: ", list->size(), " and ", n);
-  }
-  for (const Tensors* list : {&exp_avg_scales, &exp_avg_sq_scales, &masters}) {
-    STD_TORCH_CHECK(list->empty() || list->size() == n, "an optional list has ", list->size(),
-                    " entries, params ", n);
-  }
+  check_lists(n, {&grads, &indices, &exp_avgs, &exp_avg_sqs},
+              {&exp_avg_scales, &exp_avg_sq_scales, &masters});
   Steps step(
       steps, n,
       {scalar(lr, "lr"), beta1, beta2, eps, weight_decay, grad_divisor(grad_scale, maximize)});
@@ -61,12 +56,8 @@ void masked_adamw_quantized_(const Tensors& params, const Tensors& grads, const 
   all.reserve(n);
   for (size_t i = 0; i < n; ++i) {
     const int64_t count = exp_avgs[i].numel();
-    const int64_t selected = indices[i].numel();
-    STD_TORCH_CHECK(selected == 0 || selected == count, "exp_avgs[", i, "] has ", count,
-                    " entries, indices[", i, "] ", selected);
+    const Positions where = positions_of(indices[i], count, i);
     if (count == 0) continue;
-    Positions where{nullptr, 0};
-    if (selected) where = {indices[i].const_data_ptr(), index_bytes(indices[i])};
     const Values param(params[i], "params", i);
     STD_TORCH_CHECK(param.dtype != Dtype::kDouble, "params[", i,
                     "] is float64, which has no moments in fewer bits");

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -81,9 +81,7 @@ def masked_adamw_(
     lists = {"grads": grads, "indices": indices, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
     lists |= {"max_exp_avg_sqs": max_exp_avg_sqs} if len(max_exp_avg_sqs) else {}
     lists |= {"masters": masters} if len(masters) else {}
-    for name, tensors in {**lists, "steps": steps}.items():
-        if len(tensors) != len(params):
-            raise ValueError(f"{name} has {len(tensors)} entries, params {len(params)}")
+    check_lengths(len(params), {**lists, "steps": steps})
     for i, param in enumerate(params):
         check_entry(i, param, {name: tensors[i] for name, tensors in lists.items()})
     if not params:
@@ -114,6 +112,13 @@ def step_vector(steps: Sequence[Tensor | float] | Tensor, device: torch.device) 
     if all(isinstance(step, Tensor) for step in steps):
         return torch.stack([step.to(torch.float32) for step in steps if isinstance(step, Tensor)])
     return torch.tensor([float(step) for step in steps], dtype=torch.float32, device="cpu")
+
+
+def check_lengths(count: int, lists: Mapping[str, Sequence[Tensor | float] | Tensor]) -> None:
+    """Check that there is one entry for each of the parameters in every list."""
+    for name, entries in lists.items():
+        if len(entries) != count:
+            raise ValueError(f"{name} has {len(entries)} entries, params {count}")
 
 
 def check_entry(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fishkern import _ops  # noqa: F401  (registers torch.ops.fishkern)
 from fishkern.backends import moments as storage
-from fishkern.functional.adamw import check_entry, step_vector
+from fishkern.functional.adamw import check_entry, check_lengths, step_vector
 
 SCALE_BLOCK = storage.BLOCK
 NARROW = (torch.bfloat16, torch.uint8)
@@ -39,8 +39,8 @@ def masked_adamw_quantized_(
 
     Stored values are rounded up or down at random, with the odds that give the right mean: rounded
     to nearest, second moments would stand still, since a step changes them by a share 1 - beta2 of
-    1e-3, and bfloat16 resolves 4e-3. The random number is a hash of the step and of the entry's
-    place in its list, so that the same step gives the same bits.
+    1e-3, and neighbours in bfloat16 are 1/256 to 1/128 apart. The random number is a hash of the
+    step and of the entry's place in its list, so that the same step gives the same bits.
 
     Moments in bfloat16 are the upper half of float32. In 8 bits, each 32 entries share a power of
     two (as in the OCP microscaling formats, 2023), relative to which a first moment has a sign, 3
@@ -89,9 +89,7 @@ def masked_adamw_quantized_(
     """
     lists = {"grads": grads, "indices": indices, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
     lists |= {"masters": masters} if len(masters) else {}
-    for name, tensors in {**lists, "steps": steps}.items():
-        if len(tensors) != len(params):
-            raise ValueError(f"{name} has {len(tensors)} entries, params {len(params)}")
+    check_lengths(len(params), {**lists, "steps": steps})
     scales = {"exp_avg_scales": exp_avg_scales, "exp_avg_sq_scales": exp_avg_sq_scales}
     for i, param in enumerate(params):
         if param.dtype == torch.float64:

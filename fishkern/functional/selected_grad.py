@@ -13,8 +13,8 @@ from fishkern import _ops  # noqa: F401  (registers torch.ops.fishkern)
 from fishkern.functional.checks import check_accumulator
 
 ROUTES = ("tiles", "columns", "rows")
-# Gathering one number, in multiply-adds of a large float32 product.
-_GATHERING = 100
+# What a CPU takes to gather a number, and to read it, in multiply-adds of a large float32 product.
+_GATHERING, _READING = 100, 8
 # A larger share of a layer's input than this is kept as it is: a copy would save too little.
 _MOST = 0.75
 
@@ -184,7 +184,7 @@ def plan_restricted(
     indices: Tensor,
     shape: tuple[int, int],
     *,
-    features: int = 1,
+    input_dim: int = 1,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor | None, SelectedGradPlan, float]:
     """What to keep of a layer's input until the backward pass, and the plan for what is left.
@@ -192,7 +192,7 @@ def plan_restricted(
     Args:
         indices: As for ``plan_selected_grad``.
         shape: The weight's.
-        features: Which dimension of it is the layer's input: 1, or 0 if the weight is transposed.
+        input_dim: Which dimension of it is the layer's input: 1, or 0 if the weight is transposed.
         dtype: What x and grad_out will be.
 
     Returns:
@@ -206,15 +206,19 @@ def plan_restricted(
         >>> columns, plan.shape, f"{work:.1%}"  # the whole first column
         (tensor([0]), (512, 1), '1.8%')
     """
-    used, restricted = (restrict_rows, restrict_columns)[features](indices, shape)
-    dense = shape[0] * shape[1] + 8 * max(shape)
-    if len(used) > _MOST * shape[features]:
-        plan = plan_selected_grad(indices, shape, dtype=dtype)
-        return None, plan, plan.costs[plan.route] / max(dense, 1)
-    left = (len(used), shape[1]) if features == 0 else (shape[0], len(used))
-    plan = plan_selected_grad(restricted, left, dtype=dtype)
-    cost = plan.costs[plan.route] + _GATHERING * len(used)
-    return used, plan, cost / max(dense, 1)
+    used, restricted = (restrict_rows, restrict_columns)[input_dim](indices, shape)
+    kept: Tensor | None = used
+    gathering, left = 0, list(shape)
+    if len(used) > _MOST * shape[input_dim]:
+        kept, restricted = None, indices
+    else:
+        left[input_dim] = len(used)
+    plan = plan_selected_grad(restricted, (left[0], left[1]), dtype=dtype)
+    dense = shape[0] * shape[1]
+    if indices.device.type == "cpu":  # a GPU's costs are its tiles alone
+        dense += _READING * max(shape)
+        gathering = 0 if kept is None else _GATHERING * len(kept)
+    return kept, plan, (plan.costs[plan.route] + gathering) / max(dense, 1)
 
 
 def _cpu_costs(
@@ -227,7 +231,7 @@ def _cpu_costs(
 
     def dense(long: int, short: int, whole: int) -> int:
         product, reading = long * short, max(long, short)
-        product = product // 4 + 14 * reading if matrix_units else product + 8 * reading
+        product = product // 4 + 14 * reading if matrix_units else product + _READING * reading
         return product + _GATHERING * short * (short < whole)
 
     return {

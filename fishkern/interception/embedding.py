@@ -48,7 +48,7 @@ class EmbeddingRule(Rule):
     def selected_grad(
         self, module: nn.Module, name: str, selection: Selection, x: Tensor, grad_out: Tensor
     ) -> Tensor:
-        """The gradients of each id's occurrences, added up; then what is selected of them.
+        """The gradients of each id's occurrences, added up in float32; then what is selected.
 
         Nothing of the embedding's size is made: the sums lie at the first places of the ids in
         their order, ``[NT, H]``, and the selected tokens are looked up there.
@@ -59,8 +59,9 @@ class EmbeddingRule(Rule):
             return grad_out.new_zeros(len(selection.indices))
         in_order = ids.sort().values
         place = torch.searchsorted(in_order, ids)
+        wide = torch.promote_types(grad_out.dtype, torch.float32)
         sums = torch.ops.aten.embedding_dense_backward(
-            grad_out.reshape(-1, width), place, len(ids), -1, False
+            grad_out.reshape(-1, width).to(wide), place, len(ids), -1, False
         )
         token = selection.indices.div(width, rounding_mode="floor")
         place = torch.searchsorted(in_order, token.to(ids.dtype)).clamp_(max=len(ids) - 1)

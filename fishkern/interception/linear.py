@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from fishkern.functional import linear_fisher_, norm_fisher_
@@ -15,6 +17,8 @@ class LinearRule(Rule):
     """``y = x W^T + b`` with W ``[O, I]``."""
 
     autocasts = True
+    #: Which dimension of the weight is the layer's input.
+    input_dim: ClassVar[int] = 1
 
     def settings(self, module: nn.Module) -> object:
         """There are none."""
@@ -34,18 +38,19 @@ class LinearRule(Rule):
         return g.sum(0) if name == "bias" else g.T @ x.reshape(-1, x.shape[-1]).to(g.dtype)
 
     def prepare(self, module: nn.Module, name: str, indices: Tensor) -> Selection:
-        """The columns of the weight that are selected from, and the route to their entries."""
-        if name == "bias":
-            return _select_sums(indices)
-        weight = _weight(module)
-        return select_matrix(indices, (weight.shape[0], weight.shape[1]), weight.dtype, features=1)
+        """What of the input the weight's selected entries need, and the route to them."""
+        if name == "bias":  # nothing of it
+            return Selection(indices, columns=indices[:0], route="sums", kept=0.0, work=0.0)
+        return select_matrix(indices, _weight(module), input_dim=self.input_dim)
 
     def selected_grad(
         self, module: nn.Module, name: str, selection: Selection, x: Tensor, grad_out: Tensor
     ) -> Tensor:
-        """``(sum_nt grad_out x^T).flatten()[indices]``, and no more of it than has to be."""
+        """The weight's gradient at its selected entries, and no more of it than has to be."""
         if name == "bias":
             return _selected_sums(selection, grad_out)
+        if self.input_dim == 0:
+            x, grad_out = grad_out, x  # a linear layer with the two sides exchanged
         return matrix_grad(selection, x, grad_out)
 
     def sample_grads(self, module: nn.Module, x: Tensor, grad_out: Tensor) -> dict[str, Tensor]:
@@ -76,18 +81,10 @@ class LinearRule(Rule):
             bias_fisher_(bias, grad_out, sample_scores, masks.get("bias"))
 
 
-class Conv1DRule(Rule):
+class Conv1DRule(LinearRule):
     """``y = x W + b`` with W ``[I, O]``, as in GPT-2."""
 
-    autocasts = True
-
-    def settings(self, module: nn.Module) -> object:
-        """There are none."""
-        return None
-
-    def reads_input(self, names: Iterable[str]) -> bool:
-        """For the weight alone."""
-        return "weight" in names
+    input_dim = 0
 
     def input_grad(self, module: nn.Module, x: Tensor, grad_out: Tensor) -> Tensor:
         """``grad_out W^T``."""
@@ -97,21 +94,6 @@ class Conv1DRule(Rule):
         """``sum_nt x grad_out^T``; for the bias ``sum_nt grad_out``."""
         g = grad_out.reshape(-1, grad_out.shape[-1])
         return g.sum(0) if name == "bias" else x.reshape(-1, x.shape[-1]).to(g.dtype).T @ g
-
-    def prepare(self, module: nn.Module, name: str, indices: Tensor) -> Selection:
-        """The rows of the weight that are selected from: its columns are the layer's outputs."""
-        if name == "bias":
-            return _select_sums(indices)
-        weight = _weight(module)
-        return select_matrix(indices, (weight.shape[0], weight.shape[1]), weight.dtype, features=0)
-
-    def selected_grad(
-        self, module: nn.Module, name: str, selection: Selection, x: Tensor, grad_out: Tensor
-    ) -> Tensor:
-        """The linear layer's with the two sides exchanged."""
-        if name == "bias":
-            return _selected_sums(selection, grad_out)
-        return matrix_grad(selection, grad_out, x)
 
     def sample_grads(self, module: nn.Module, x: Tensor, grad_out: Tensor) -> dict[str, Tensor]:
         """``sum_t x grad_out^T``; for the bias ``sum_t grad_out``."""
@@ -148,17 +130,13 @@ def bias_fisher_(
     norm_fisher_(None, fisher, None, grad_out, sample_scores=sample_scores, bias_mask=mask)
 
 
-def _select_sums(indices: Tensor) -> Selection:
-    """A bias: nothing of the input is needed."""
-    return Selection(indices, columns=indices[:0], route="sums", kept=0.0, work=0.0)
-
-
 def _selected_sums(selection: Selection, grad_out: Tensor) -> Tensor:
-    """``sum_nt grad_out`` of the selected features."""
+    """``sum_nt grad_out`` of the selected features, in float32 at least."""
     g, indices = grad_out.reshape(-1, grad_out.shape[-1]), selection.indices
+    wide = torch.promote_types(g.dtype, torch.float32)
     if len(indices) > g.shape[1] // 8:
-        return g.sum(0)[indices]
-    return g.index_select(1, indices).sum(0)  # less to read
+        return g.sum(0, dtype=wide)[indices]
+    return g.index_select(1, indices).sum(0, dtype=wide)  # less to read
 
 
 def _weight(module: nn.Module) -> Tensor:

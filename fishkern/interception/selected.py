@@ -46,19 +46,19 @@ class Matrix:
         return row * self.used + column
 
 
-def select_matrix(
-    indices: Tensor, shape: tuple[int, int], dtype: torch.dtype, *, features: int
-) -> Selection:
+def select_matrix(indices: Tensor, weight: Tensor, *, input_dim: int) -> Selection:
     """Choose what is kept of the layer's input, and the route.
 
+    Costs are counted for the weight's dtype: autocast's is not known yet.
+
     Args:
-        indices: Flat positions in the matrix.
-        shape: Its shape.
-        dtype: The weight's, for which costs are counted: autocast's is not known yet.
-        features: Which dimension of the matrix is the layer's input: 1, or 0 if it is transposed.
+        indices: Flat positions in the weight.
+        weight: The matrix.
+        input_dim: Which dimension of it is the layer's input: 1, or 0 if it is transposed.
     """
-    kept, plan, work = plan_restricted(indices, shape, features=features, dtype=dtype)
-    share = 1.0 if kept is None else len(kept) / shape[features]
+    shape = (weight.shape[0], weight.shape[1])
+    kept, plan, work = plan_restricted(indices, shape, input_dim=input_dim, dtype=weight.dtype)
+    share = 1.0 if kept is None else len(kept) / shape[input_dim]
     return Selection(indices, kept, _matrix(indices, shape, plan), plan.route, share, work)
 
 

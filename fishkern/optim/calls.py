@@ -10,8 +10,9 @@ from torch import Tensor
 
 from fishkern import _ops
 from fishkern.optim.cohorts import Sorting
-from fishkern.optim.launch import Batch, Launch, Packed, is_sharded
+from fishkern.optim.launch import Batch, Launch, Packed
 from fishkern.optim.quantized import SCALES
+from fishkern.training.leaves import is_sharded
 
 
 def run(

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fishkern.optim.launch import is_sharded
 from fishkern.optim.masters import MASTER, add_masters
 from fishkern.optim.quantized import check_saved
 from fishkern.optim.roles import (
@@ -26,7 +25,7 @@ from fishkern.optim.roles import (
     leaf_owner,
 )
 from fishkern.selection.masks import SparseMask
-from fishkern.training.leaves import wide_dtype
+from fishkern.training.leaves import is_sharded, wide_dtype
 
 Groups = list[dict[str, Any]]
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")

@@ -24,6 +24,7 @@ from torch import Tensor
 from fishkern.optim.cohorts import COHORTS, Sorting
 from fishkern.optim.quantized import scales_of, zero_scales
 from fishkern.training import leaves
+from fishkern.training.leaves import is_sharded
 
 State = MutableMapping[Tensor, dict[str, Any]]
 
@@ -318,8 +319,3 @@ def check_leaves_on(plans: Sequence[Plan]) -> None:
             f"a module freezes its leaves; call model.set_adapter(name) with the adapter of the "
             f"mask, or requires_grad_(True) on handle.parameters()"
         )
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether it is a DTensor; asked by attribute, since importing DTensor takes long."""
-    return hasattr(tensor, "to_local")

@@ -7,6 +7,7 @@ few passes over the selected entries, and a copy of them and of their state whil
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from fishkern.optim.quantized import moment_of
 from fishkern.optim.roles import shorten
 from fishkern.training import leaves
 
+OURS = {"fishkern", "torch"}  # whose frames lie between a training loop and a step
 SHARDED = (
     "check_numerics=True is not there for sharded parameters (DTensors), of which each rank would "
     "take back only its own part: look without fully_shard, or leave it out"
@@ -147,7 +149,15 @@ class Numerics:
             _refuse(every)
         if any(counts[len(odd) :]):
             self.warned = True
-            warnings.warn(_message(every), LostUpdateWarning, stacklevel=2)
+            warnings.warn(_message(every), LostUpdateWarning, stacklevel=_callers_level())
+
+
+def _callers_level() -> int:
+    """The stack level of the line, outside this package and torch, that called ``step()``."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in OURS:
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _touched(launch: Launch, group: dict[str, Any], state: State) -> list[Touched]:

@@ -177,7 +177,7 @@ def check_unsharded(name: str, param: Tensor) -> None:
     Raises:
         ValueError: The parameter is a DTensor.
     """
-    if hasattr(param, "to_local"):
+    if leaves.is_sharded(param):
         raise ValueError(
             f"{name} is sharded (a DTensor), but its mask has positions in the whole parameter: "
             f"train with DistributedDataParallel, or without a mask"

@@ -23,7 +23,7 @@ from fishkern.interception import (
     run_intercepted,
     subclass,
 )
-from fishkern.training.inputs import Reader, Use
+from fishkern.training.inputs import Reader, TrainingCall
 from fishkern.training.leaves import CHILD, INDICES
 
 
@@ -148,10 +148,9 @@ def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if not all(isinstance(p, nn.Parameter) for p in (*params.values(), *anchors.values())):
         return cls.forward(self, *args)  # functional_call lends others: an ordinary use
     reader = _reader(self, rule, {name: leaves._buffers.get(name + INDICES) for name in anchors})
-    use = Use(reader, {name: anchor.dtype for name, anchor in anchors.items()})
-    return run_intercepted(
-        Site(self, rule, {}, use, keep=use.keep), args[0], list(anchors.values())
-    )
+    call = TrainingCall(reader, {name: anchor.dtype for name, anchor in anchors.items()})
+    site = Site(self, rule, {}, call, keep=call.keep)
+    return run_intercepted(site, args[0], list(anchors.values()))
 
 
 def _reader(module: nn.Module, rule: Rule, indices: dict[str, Tensor | None]) -> Reader:

@@ -35,17 +35,17 @@ class Reader:
     def __init__(self, module: nn.Module, rule: Rule, indices: Mapping[str, Tensor | None]) -> None:
         self.indices = indices
         self.selections = {
-            name: Selection(torch.empty(0)) if selected is None
-            else rule.prepare(module, name, selected)
+            name: None if selected is None else rule.prepare(module, name, selected)
             for name, selected in indices.items()
-        }  # fmt: skip
-        self._own = _union(s.columns for s in self.selections.values())
+        }
+        # Of a parameter that is trained whole the gradient needs all columns.
+        self._own = _union(None if s is None else s.columns for s in self.selections.values())
         self._company = _Company([self], self._own)
 
     def share_kept(self, name: str) -> float:
         """Which share of the input's features is kept, for one parameter and its company."""
-        own = self.selections[name]
-        if own.columns is None or self.columns is None:
+        own: Selection | None = self.selections[name]
+        if own is None or own.columns is None or self.columns is None:
             return 1.0
         return own.kept * len(self.columns) / len(own.columns) if len(own.columns) else 0.0
 
@@ -130,7 +130,7 @@ class _Company:
     columns: Tensor | None
 
 
-class Use:
+class TrainingCall:
     """One call of a module in training, as the consumer of what is intercepted.
 
     Args:
@@ -152,10 +152,10 @@ class Use:
         """The gradients of the leaves, and of the parameters that are trained whole."""
         kept, grads = Kept(x, self._columns), []
         for name, dtype in self._dtypes.items():
-            if self._reader.indices[name] is None:
+            selection = self._reader.selections[name]
+            if selection is None:
                 grad = site.rule.param_grad(site.module, name, x, grad_out)
             else:
-                selection = self._reader.selections[name]
                 features = kept.narrowed(selection.columns)
                 grad = site.rule.selected_grad(site.module, name, selection, features, grad_out)
             grads.append(grad.to(dtype))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -70,15 +71,30 @@ def home_of(leaf: Tensor) -> Home | None:
 def pack_settled(leaves: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     """Lay ``Home.settled`` of some leaves into one tensor; returns it and the parts.
 
-    The leaves are those of weights of one dtype.
+    The leaves are those of weights of one dtype. Where their parts lie in another optimizer's
+    tensor, that optimizer learns by the generation that they have left it.
     """
+    global _generation
     places = [(_homes[leaf][0](), _homes[leaf][1]) for leaf in leaves]
     settled = [owner._buffers[name + SETTLED] for owner, name in places]
+    base = settled[0]._base
+    if base is not None and _follow_each_other(settled, base):
+        return base, settled
+    _generation += any(part._base is not None for part in settled)
     packed = torch.cat(settled)
     parts = list(packed.split([len(part) for part in settled]))
     for (owner, name), part in zip(places, parts, strict=True):
         owner._buffers[name + SETTLED] = part
     return packed, parts
+
+
+def _follow_each_other(parts: Sequence[Tensor], base: Tensor) -> bool:
+    """Whether these are the parts of base, in their order and without a gap."""
+    starts = accumulate((len(part) for part in parts), initial=0)
+    return base.numel() == sum(len(part) for part in parts) and all(
+        part._base is base and part.storage_offset() == start
+        for part, start in zip(parts, starts, strict=False)
+    )
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -240,7 +256,12 @@ class Leaves(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "reader": None}
+        # Pickled as a view, each would carry the whole packed tensor.
+        apart = {
+            name: buffer.clone() if buffer is not None and name.endswith(SETTLED) else buffer
+            for name, buffer in self._buffers.items()
+        }
+        return {**self.__dict__, "_buffers": apart, "reader": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

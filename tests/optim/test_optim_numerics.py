@@ -71,6 +71,7 @@ def test_lost_updates_are_named_once_with_their_numbers(dtype):
     with pytest.warns(LostUpdateWarning, match=r"train_only\(model, mask\)") as caught:
         optimizer.step()
     assert [w.category for w in caught] == [LostUpdateWarning]
+    assert caught[0].filename == __file__
     text = str(caught[0].message)
     expected = expected_losses(model, before, optimizer, mask)
     assert 2 <= len(expected) <= 5

@@ -158,3 +158,35 @@ def test_a_tied_weight_written_right_after_a_step_holds():
         next(handle.parameters()).fill_(7.0)
     handle.sync()
     assert model[0]._parameters["weight"].view(-1)[::3].tolist() == [7.0] * 6
+
+
+def test_what_is_written_after_either_of_two_optimizers_steps_holds():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    indices = {f"{i}.weight": torch.arange(0, 16, 3) for i in range(2)}
+    mask = SparseMask(indices, dict.fromkeys(indices, (4, 4)))
+    handle = train_only(model, mask)
+    leaves = list(handle.named_parameters())
+    optimizers = [FishSparseAdamW(some, lr=0.1) for some in (leaves, leaves[:1], leaves[::-1])]
+    for optimizer in (*optimizers, *optimizers):
+        model(torch.randn(3, 4)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        for _, leaf in leaves[:1]:
+            values = torch.randn(6)
+            leaf.data.copy_(values)
+        handle.sync()
+        assert torch.equal(model[0]._parameters["weight"].view(-1)[::3], values)
+
+
+def test_a_pickled_model_has_each_value_once():
+    model = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(20)))
+    indices = {name: torch.arange(0, 4096, 4) for name, _ in model.named_parameters()}
+    mask = SparseMask(indices, dict.fromkeys(indices, (64, 64)))
+    train_only(model, mask)
+    before = len(pickle.dumps(model))
+    optimizer = FishSparseAdamW(model.named_parameters(), mask=mask)
+    model(torch.randn(2, 64)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    assert len(pickle.dumps(model)) < 1.01 * before
