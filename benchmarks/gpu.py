@@ -28,12 +28,14 @@ BUDGET = 600.0  # seconds, for everything
 PYTHON = sys.executable
 OP_TESTS = (
     "tests/kernels/test_embedding_fisher.py",
+    "tests/kernels/test_fisher_triton.py",
     "tests/kernels/test_linear_fisher.py",
     "tests/kernels/test_linear_selected_grad.py",
     "tests/kernels/test_masked_adamw.py",
+    "tests/kernels/test_masked_adamw_quantized.py",
+    "tests/kernels/test_masked_adamw_triton.py",
     "tests/kernels/test_norm_fisher.py",
     "tests/kernels/test_topk_indices.py",
-    "tests/kernels/test_triton_kernels.py",
 )
 # The machine's own versions: what they deprecate, and which plugins they bring, is not tested here.
 PYTEST = (

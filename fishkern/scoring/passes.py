@@ -250,10 +250,10 @@ class Scoring(OneSamplePasses):
                 if not self.probed and found > 1:
                     first, same = self._first_sample(batch, losses.detach())
                     self.probed = True
-            except Exception:
+            except Exception:  # perhaps by what was expanded; if not, the error comes again
                 if not (accumulator.expanded or accumulator.differentiated):
                     raise
-                same = False  # perhaps by what was expanded; if not, the error comes again
+                same = False
             if not accumulator.differentiated and (same or not accumulator.expanded):
                 alone = partial(self._noted_alone, batch, found)
                 counts = samples.token_counts(batch, found)

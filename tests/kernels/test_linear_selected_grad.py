@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fishkern import _dispatch
-from fishkern.functional import linear_selected_grad_, plan_selected_grad, restrict_columns
+from fishkern.functional import linear_selected_grad_, plan_selected_grad
 from tests.support.kernels import (
     INSTRUCTION_SETS,
     assert_same_with_any_threads,
@@ -320,56 +320,6 @@ def test_the_gradient_is_never_there_as_a_whole(native, name, route):
     assert_matches(selected, truth(x, grad_out)[indices.long()], terms=6)
 
 
-@pytest.mark.parametrize("density", [0.0, 0.02, 0.3, 1.0])
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
-def test_restrict_columns_there_and_back(density, dtype):
-    shape = (23, 31)
-    indices = draw(shape, density, dtype)
-    columns, local = restrict_columns(indices, shape)
-    assert columns.dtype == local.dtype == dtype
-    assert columns.tolist() == sorted({i % 31 for i in indices.tolist()})
-    assert (local[1:] > local[:-1]).all()
-    width = max(len(columns), 1)
-    back = [i // width * 31 + columns[i % width].item() for i in local.tolist()]
-    assert back == indices.tolist()
-
-
-def test_restricted_columns_give_the_same_gradient(backend):
-    x, grad_out = problem(((3, 40), 20, 30))
-    indices = draw((20, 30), 0.02)
-    columns, local = restrict_columns(indices, (20, 30))
-    assert 0 < len(columns) < 30
-    check(x[..., columns.long()], grad_out, local)
-    selected = torch.zeros(len(indices))
-    linear_selected_grad_(selected, x[..., columns.long()], grad_out, local)
-    assert_matches(selected, truth(x, grad_out)[indices.long()], terms=120)
-
-
-def test_the_plan_takes_the_cheapest_route():
-    shape = (400, 300)
-    grid = torch.arange(400 * 300).view(shape)
-    some = torch.arange(0, 400, 40)
-    assert plan_selected_grad(grid[:, :5].flatten(), shape).route == "columns"
-    assert plan_selected_grad(grid[:5].flatten(), shape).route == "rows"
-    assert plan_selected_grad(grid[some][:, some[:7]].flatten(), shape).route == "tiles"
-    assert plan_selected_grad(grid.flatten(), shape).route != "tiles"
-    for indices in (grid[:, :5].flatten(), grid[::50, ::50].flatten()):
-        costs = plan_selected_grad(indices, shape).costs
-        assert set(costs) == set(ROUTES)
-        assert costs[plan_selected_grad(indices, shape).route] == min(costs.values())
-
-
-def test_the_plan_holds_what_the_route_reads():
-    indices = torch.tensor([3, 8, 13, 14], dtype=torch.int32)  # of [4, 5]
-    plans = {route: plan_selected_grad(indices, (4, 5), route=route) for route in ROUTES}
-    assert plans["tiles"].indices is indices
-    assert plans["tiles"].rows is plans["tiles"].columns is None
-    assert plans["columns"].columns.tolist() == [3, 4]
-    assert plans["columns"].indices.tolist() == [0, 2, 4, 5]
-    assert plans["rows"].rows.tolist() == [0, 1, 2]
-    assert plans["rows"].indices.tolist() == [3, 8, 13, 14]
-
-
 @pytest.mark.parametrize("route", [None, *ROUTES])
 def test_selected_grad_inside_a_compiled_graph(route):
     x, grad_out = problem(((6,), 4, 5))
@@ -443,15 +393,3 @@ def test_the_op_itself_refuses_wrong_indices(native, indices):
             selected, torch.ones(4, 3), torch.ones(4, 2), torch.tensor(indices)
         )
     assert not selected.any()
-
-
-@pytest.mark.parametrize("indices", [[0, 6], [-1, 5], [5, 0], [5, 5]], ids=str)
-def test_plans_and_restrictions_refuse_wrong_indices(indices):
-    for make in (plan_selected_grad, restrict_columns):
-        with pytest.raises(ValueError, match="indices"):
-            make(torch.tensor(indices), (2, 3))
-
-
-def test_there_are_three_routes():
-    with pytest.raises(ValueError, match=r"'diagonals'.*tiles, columns, rows"):
-        plan_selected_grad(torch.arange(2), (2, 3), route="diagonals")
