@@ -2,7 +2,7 @@
 
 It needs torch, triton and pytest, and leaves its results in benchmarks/results: <gpu>.csv with the
 measurements, <gpu>.log with how each step went. ``--dry`` takes the same steps on a CPU, small, to
-see that they would run.
+see that they would run; ``--only`` leaves the others out.
 """
 
 from __future__ import annotations
@@ -26,17 +26,9 @@ from benchmarks.machine import RESULTS, ROOT, describe, machine_name, num_cores
 
 BUDGET = 600.0  # seconds, for everything
 PYTHON = sys.executable
-OP_TESTS = (
-    "tests/kernels/test_embedding_fisher.py",
-    "tests/kernels/test_fisher_triton.py",
-    "tests/kernels/test_linear_fisher.py",
-    "tests/kernels/test_linear_selected_grad.py",
-    "tests/kernels/test_masked_adamw.py",
-    "tests/kernels/test_masked_adamw_quantized.py",
-    "tests/kernels/test_masked_adamw_triton.py",
-    "tests/kernels/test_norm_fisher.py",
-    "tests/kernels/test_topk_indices.py",
-)
+# Of the ops' tests those that run on the GPU, and all that are for it alone.
+TESTS = ("-k", "triton or gpu", "tests/kernels", "tests/gpu")
+EVERY_OP = "tests/gpu/test_every_op.py"
 # The machine's own versions: what they deprecate, and which plugins they bring, is not tested here.
 PYTEST = (
     *(PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark"),
@@ -59,68 +51,36 @@ def gpu_steps() -> Iterator[Step]:
     """What is run on a GPU, most important first."""
     yield Step("environment", (PYTHON, "-m", "fishkern"), 150)
     # Most of the time goes into compiling kernels, on the CPU.
-    parallel = ("-n", str(min(num_cores(), 12))) if importlib.util.find_spec("xdist") else ()
-    tests = (*PYTEST, *parallel, "-k", "not native", *OP_TESTS, "tests/gpu")
-    yield Step("tests on the GPU", tests, 270)
-    bench = (PYTHON, "-m", "benchmarks.run", "--suite", "quick", "--device", "cuda")
-    yield Step("benchmarks", (*bench, "--seconds", "4"), 240)
+    parallel = ("-n", str(min(num_cores(), 14))) if importlib.util.find_spec("xdist") else ()
+    yield Step("tests", (*PYTEST, *parallel, *TESTS), 270)
     yield sanitizer_step()
+    bench = (PYTHON, "-m", "benchmarks.run", "--suite", "quick", "--device", "cuda")
+    yield Step("benchmarks", (*bench, "--seconds", "1"), 300)
 
 
 def sanitizer_step() -> Step:
-    """Memory checks of the Triton kernels on small tensors, if the CUDA toolkit is there."""
+    """Memory checks of every kernel on small tensors, if the CUDA toolkit is there."""
     tool = shutil.which("compute-sanitizer")
     bundled = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin", "compute-sanitizer")
     tool = tool or (str(bundled) if bundled.exists() else None)
     if tool is None:
-        return Step("compute-sanitizer", skip="compute-sanitizer is not installed (CUDA toolkit)")
+        return Step("sanitizer", skip="compute-sanitizer is not installed (CUDA toolkit)")
     check = (tool, "--tool", "memcheck", "--error-exitcode", "1", "--target-processes", "all")
     env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # so that each tensor has bounds of its own
-    return Step(
-        "compute-sanitizer", (*check, PYTHON, "-m", "benchmarks.gpu", "--sanitize"), 180, env
-    )
+    return Step("sanitizer", (*check, *PYTEST, EVERY_OP), 120, env)
 
 
 def dry_steps(folder: Path) -> Iterator[Step]:
     """The same on a CPU: kernels interpreted, the CPU in the GPU's place, results elsewhere."""
     env = {"TRITON_INTERPRET": "1", "FISHKERN_TEST_DEVICE": "cpu"}
     yield Step("environment", (PYTHON, "-m", "fishkern"))
-    yield Step(
-        "tests are found", (*PYTEST, "-q", "--collect-only", *OP_TESTS, "tests/gpu"), env=env
-    )
-    yield Step("tests on the CPU", (*PYTEST, "tests/gpu"), env=env)
+    yield Step("tests are found", (*PYTEST, "--collect-only", *TESTS), env=env)
+    yield Step("tests", (*PYTEST, "tests/gpu"), env=env)
     bench = (PYTHON, "-m", "benchmarks.run", "--suite", "tiny", "--no-memory")
     yield Step("benchmarks", (*bench, "--results", str(folder)))
-    yield Step("small kernels", (PYTHON, "-m", "benchmarks.gpu", "--sanitize"), env=env)
 
 
-def sanitize() -> int:
-    """Every Triton kernel once, on odd sizes, where a read beyond an end would be seen."""
-    import fishkern
-    from fishkern.functional import linear_fisher_, masked_adamw_
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    with torch.device(device), fishkern.use_backend("triton"):
-        for dtype in (torch.float32, torch.bfloat16):
-            x, grad_out = torch.randn(3, 19, 37).to(dtype), torch.randn(3, 19, 21).to(dtype)
-            scores, mask = torch.zeros(3), torch.rand(21, 37) < 0.5
-            linear_fisher_(torch.zeros(21, 37), x, grad_out)
-            linear_fisher_(torch.zeros(21, 37), x, grad_out, bias_fisher=torch.zeros(21),
-                           sample_scores=scores, mask=mask)  # fmt: skip
-            linear_fisher_(torch.zeros(21, 37), x[:, 0], grad_out[:, 0])
-            param, index = torch.randn(21, 37).to(dtype), torch.arange(5, 777, 3)
-            for grad in (torch.randn(21, 37).to(dtype), torch.randn(len(index)).to(dtype)):
-                masked_adamw_(
-                    [param], [grad], [index], [torch.zeros(len(index))], [torch.zeros(len(index))],
-                    steps=[1], lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1,
-                )  # fmt: skip
-    if device == "cuda":
-        torch.cuda.synchronize()
-    print("small kernels have run")
-    return 0
-
-
-def run_steps(steps: Iterator[Step], log: Path) -> int:
+def run_steps(steps: Sequence[Step], log: Path) -> int:
     """Run one after the other; 0 if none failed. The log gets the end of each one's output."""
     end = time.monotonic() + BUDGET
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -166,17 +126,18 @@ def run_step(step: Step, left: float) -> tuple[str, list[str]]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--dry", action="store_true", help="the same steps on a CPU, small")
-    parser.add_argument("--sanitize", action="store_true", help="only run each kernel once")
+    parser.add_argument("--only", action="append", help="a step's name; repeatable")
     args = parser.parse_args(argv)
-    if args.sanitize:
-        return sanitize()
-    if args.dry:
-        with tempfile.TemporaryDirectory() as folder:
-            return run_steps(dry_steps(Path(folder)), Path(folder, "dry.log"))
-    if not torch.cuda.is_available():
-        print("torch sees no CUDA device; `make gpu-dry` shows what would run", file=sys.stderr)
-        return 1
-    return run_steps(gpu_steps(), RESULTS / f"{machine_name('cuda')}.log")
+    with tempfile.TemporaryDirectory() as folder:
+        steps = list(dry_steps(Path(folder)) if args.dry else gpu_steps())
+        names = [step.what for step in steps]
+        if unknown := set(args.only or ()) - set(names):
+            parser.error(f"--only {unknown.pop()}: choose from {', '.join(names)}")
+        if not (args.dry or torch.cuda.is_available()):
+            print("torch sees no CUDA device; `make gpu-dry` shows the steps", file=sys.stderr)
+            return 1
+        log = Path(folder, "dry.log") if args.dry else RESULTS / f"{machine_name('cuda')}.log"
+        return run_steps([s for s in steps if s.what in (args.only or names)], log)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ EXPECTED = {
     ("optimizer_step", "fishkern (8 bits)"): {"speedup:AdamW(fused)", "bytes_per_entry"},
     ("optimizer_step", "fishkern, one entry each"): {"time_ms", "ratio:AdamW(fused)"},
     ("optimizer_step", "AdamW(foreach)"): {"time_ms_p20", "time_ms_p80", "persistent_bytes"},
+    ("linear_fisher", "fishkern"): {"floor_share", "ratio:batch gradient"},
     ("ird", "fishkern"): {"ratio:scoring pass"},
     ("topk", "fishkern"): {"ratio:torch.topk", "rounds"},
     ("training_step", "fishkern"): {"forward_ms", "kept_mib", "kept_of:AdamW(fused)"},
@@ -251,22 +252,22 @@ def test_gpu_steps_fail_loudly(tmp_path):
         gpu.Step("broken", (sys.executable, "-c", "raise SystemExit(3)")),
     ]
     log = tmp_path / "gpu.log"
-    assert gpu.run_steps(iter(steps[:2]), log) == 0
-    assert gpu.run_steps(iter(steps), log) == 1
+    assert gpu.run_steps(steps[:2], log) == 0
+    assert gpu.run_steps(steps, log) == 1
     text = log.read_text()
     assert "hello" in text
     assert "skipped: not here" in text
     assert "broken: failed: exit status 3" in text
 
 
-def test_gpu_steps_name_what_exists():
-    for test in gpu.OP_TESTS:
-        assert (gpu.ROOT / test).is_file()
-    assert [step.what for step in gpu.gpu_steps()][:3] == [
-        "environment",
-        "tests on the GPU",
-        "benchmarks",
-    ]
+def test_gpu_steps_name_what_exists(capsys):
+    steps = {step.what: step for step in gpu.gpu_steps()}
+    assert list(steps) == ["environment", "tests", "sanitizer", "benchmarks"]
+    for test in (gpu.EVERY_OP, *gpu.TESTS[2:]):
+        assert (gpu.ROOT / test).exists()
+    with pytest.raises(SystemExit):
+        gpu.main(["--dry", "--only", "nothing"])
+    assert "choose from environment, tests" in capsys.readouterr().err
 
 
 def test_a_peer_that_raises_is_a_row(tmp_path, monkeypatch):
