@@ -52,7 +52,7 @@ def gpu_steps() -> Iterator[Step]:
     yield Step("environment", (PYTHON, "-m", "fishkern"), 150)
     # Most of the time goes into compiling kernels, on the CPU.
     parallel = ("-n", str(min(num_cores(), 14))) if importlib.util.find_spec("xdist") else ()
-    yield Step("tests", (*PYTEST, *parallel, *TESTS), 270)
+    yield Step("tests", (*PYTEST, *parallel, *TESTS), 240)
     yield sanitizer_step()
     bench = (PYTHON, "-m", "benchmarks.run", "--suite", "quick", "--device", "cuda")
     yield Step("benchmarks", (*bench, "--seconds", "1"), 300)
