@@ -24,6 +24,7 @@ import fishkern
 from benchmarks import glue
 from benchmarks.column_study.arms import ARMS, EVERY, HEAD, LORA, Arm, expected_work
 from benchmarks.column_study.data import Examples, Task, load, weights_precision
+from benchmarks.harness import Missing
 from benchmarks.mask_shares import shares
 from benchmarks.workloads import encoder, require
 
@@ -58,7 +59,10 @@ class Settings:
 
 
 def perform(runs: Iterable[Run], settings: Settings) -> Iterator[Row]:
-    """A row for each run, until the time is over: none is begun that would not end before it."""
+    """A row for each run, until the time is over: none is begun that would not end before it.
+
+    What is not installed is said, and its runs are left out.
+    """
     torch.set_num_threads(settings.threads)
     torch.set_float32_matmul_precision("high")
     longest = 0.0
@@ -66,7 +70,11 @@ def perform(runs: Iterable[Run], settings: Settings) -> Iterator[Row]:
         start = time.time()
         if start + longest > settings.deadline:
             break
-        found = finetune(run, settings)
+        try:
+            found = finetune(run, settings)
+        except Missing as reason:
+            print(f"{run.arm}: {reason}", flush=True)
+            continue
         longest = max(longest, time.time() - start)
         yield asdict(run) | found | {"seconds": round(time.time() - start, 1)}
 
