@@ -105,6 +105,19 @@ class Launch:
     some: list[int] | None
 
 
+def refuse_capture(params: Sequence[Tensor]) -> None:
+    """For what the first step with these parameters builds.
+
+    Raises:
+        RuntimeError: A CUDA graph is being captured, each replay of which would build it again.
+    """
+    if params and params[0].is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "a CUDA graph captures the first step, which lays out the mask and makes the moments: "
+            "each replay would set them back to zero. Call step() once before capturing"
+        )
+
+
 def make_plan(
     params: Sequence[Tensor],
     indices: Sequence[Tensor | None],
@@ -268,15 +281,8 @@ def _build_states(batch: Batch, state: State, group: dict[str, Any]) -> list[Any
 
     Checkpoint formats want an entry for every trainable parameter from the first step on; a frozen
     parameter that is given without a mask gets one when it has a gradient, as in torch.
-
-    Raises:
-        RuntimeError: A CUDA graph is being captured, each replay of which would build them again.
     """
-    if batch.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "a CUDA graph captures the first step, which makes the moments: each replay would set "
-            "them back to zero. Call step() once before capturing"
-        )
+    refuse_capture(batch.params)
     keys = ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if group["amsgrad"] else ()))
     for param, shape in zip(batch.params, batch.shapes, strict=True):
         wanted = shape is not None or param.requires_grad or param.grad is not None

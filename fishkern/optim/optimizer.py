@@ -22,7 +22,7 @@ from fishkern.optim.checkpoint import (
     unpack_masks,
     unpack_state,
 )
-from fishkern.optim.launch import Plan, check_leaves_on, gather, make_plan, scaling
+from fishkern.optim.launch import Plan, check_leaves_on, gather, make_plan, refuse_capture, scaling
 from fishkern.optim.masters import restore_masters, saved_masters
 from fishkern.optim.numerics import Numerics
 from fishkern.optim.quantized import check_quantizable
@@ -312,6 +312,7 @@ class FishSparseAdamW(torch.optim.Optimizer):
         plan = self._plans.get(i)
         if plan is not None and plan.holds(group["params"]):
             return plan
+        refuse_capture(group["params"])
         check_quantizable(group, self._state_dtype)
         indices = self._indices(group)
         if plan is not None and len(plan.params) == len(group.get("param_names", ())):

@@ -86,7 +86,9 @@ def test_a_replayed_step_is_the_step(way, amsgrad, cuda):
         plain.step()
         graph.replay()
     assert_same(models, (plain, capturable))
-    assert {float(entry["step"]) for entry in capturable.state.values()} == {STEPS}
+    # What is selected nowhere is never stepped.
+    counts = {float(e["step"]) for e in capturable.state.values() if e["exp_avg"].numel()}
+    assert counts == {STEPS}
 
 
 def test_a_replayed_step_heeds_the_scaler(cuda):
