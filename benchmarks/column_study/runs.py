@@ -59,24 +59,25 @@ class Settings:
 
 
 def perform(runs: Iterable[Run], settings: Settings) -> Iterator[Row]:
-    """A row for each run, until the time is over: none is begun that would not end before it.
+    """A row for each run, until the time is over.
 
+    None is begun that would not end before it, if it took as long as the one before.
     What is not installed is said, and its runs are left out.
     """
     torch.set_num_threads(settings.threads)
     torch.set_float32_matmul_precision("high")
-    longest = 0.0
+    last = 0.0  # seconds that a run took; the first has compiled kernels, too
     for run in runs:
         start = time.time()
-        if start + longest > settings.deadline:
+        if start + last > settings.deadline:
             break
         try:
             found = finetune(run, settings)
         except Missing as reason:
             print(f"{run.arm}: {reason}", flush=True)
             continue
-        longest = max(longest, time.time() - start)
-        yield asdict(run) | found | {"seconds": round(time.time() - start, 1)}
+        last = time.time() - start
+        yield asdict(run) | found | {"seconds": round(last, 1)}
 
 
 def finetune(run: Run, settings: Settings) -> Row:
