@@ -33,6 +33,7 @@ EVERY_OP = "tests/gpu/test_every_op.py"
 PYTEST = (
     *(PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark"),
     *("-W", "default::DeprecationWarning", "-W", "default::FutureWarning"),
+    *("-W", "default:Attempting to run cuBLAS"),  # in a thread that is new to CUDA
 )
 
 

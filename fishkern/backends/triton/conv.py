@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fishkern.backends.triton import INTERPRETED
-from fishkern.backends.triton.launch import Launch, run
+from fishkern.backends.triton.launch import Launch, ceil_div, run
 from fishkern.backends.triton.linear import (
     TILES_PER_SWIZZLE,
     Config,
@@ -253,11 +253,11 @@ def conv_fisher_(
         )
         if config.block_o * config.block_i >= 32 * 64:  # addresses fill the registers of 4 warps
             config = config._replace(num_warps=8)
-    num_tiles = triton.cdiv(size_o, config.block_o) * triton.cdiv(size_f, config.block_i)
+    num_tiles = ceil_div(size_o, config.block_o) * ceil_div(size_f, config.block_i)
     num_programs = groups * num_tiles
     splits = splits or choose_splits(num_programs, num_samples, config, x.device)
-    samples_per_split = triton.cdiv(num_samples, splits)
-    splits = triton.cdiv(num_samples, samples_per_split)  # so that none is empty
+    samples_per_split = ceil_div(num_samples, splits)
+    splits = ceil_div(num_samples, samples_per_split)  # so that none is empty
 
     # One split adds to the accumulator itself; several leave their sums in a buffer.
     flat = fisher.flatten(1)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fishkern.backends.triton.launch import Launch, run
+from fishkern.backends.triton.launch import Launch, ceil_div, run
 from fishkern.backends.triton.operands import check_dtypes, strides
 
 # No variant spills registers with these sizes, on any architecture since sm_80 (aot.py tells).
@@ -131,7 +131,7 @@ def embedding_fisher_(
     keys, tokens = (ids * num_samples + samples).flatten().sort(stable=True)
     rows = keys.div(num_samples, rounding_mode="floor")
 
-    blocks = triton.cdiv(size, BLOCK_H)
+    blocks = ceil_div(size, BLOCK_H)
     scores = None if sample_scores is None else fisher.new_zeros(blocks, num_samples, num_tokens)
     args = {
         "keys_ptr": keys,

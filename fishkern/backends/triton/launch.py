@@ -1,4 +1,4 @@
-"""What launchers share: launching, and the size of the device.
+"""What launchers share: launching, the size of the device, and the arithmetic of grids.
 
 Ahead-of-time compilation (``aot.py``) calls the ops on meta tensors inside ``collect()`` and
 compiles what they would have launched: the same kernels with the same constants.
@@ -66,3 +66,13 @@ def num_multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 132
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def ceil_div(a: int, b: int) -> int:
+    """The quotient, rounded up. Triton's own is made for kernels: on the host it takes microseconds."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of two that is not below n."""
+    return 1 << (n - 1).bit_length()

@@ -18,7 +18,13 @@ import triton.language as tl
 from torch import Tensor
 
 from fishkern.backends.triton import INTERPRETED
-from fishkern.backends.triton.launch import Launch, num_multiprocessors, run
+from fishkern.backends.triton.launch import (
+    Launch,
+    ceil_div,
+    next_power_of_2,
+    num_multiprocessors,
+    run,
+)
 from fishkern.backends.triton.operands import TRITON_DTYPES, check_dtypes, strides
 
 TILES_PER_SWIZZLE = 8  # tiles that share rows of grad_out run together, so that L2 serves them
@@ -56,14 +62,14 @@ def choose_config(
     Every choice stays under the 99 KiB of shared memory that all GPUs since Ampere have, and
     none spills registers on sm_80 and sm_90: ``aot.py`` checks both.
     """
-    narrow = max(16, triton.next_power_of_2(min(size_o, size_i)))
+    narrow = max(16, next_power_of_2(min(size_o, size_i)))
     simple = dtype == torch.float32 or not regular
     longest, longest_step = (64, 16) if simple else (128, 64)
     long, short = longest, min(longest, narrow)
     if scores and short > 32:
         short //= 2
     sides = (short, long) if size_o < size_i else (long, short)
-    step = min(longest_step, max(16, triton.next_power_of_2(num_tokens)))
+    step = min(longest_step, max(16, next_power_of_2(num_tokens)))
     num_warps = 8 if long * short >= (64 * 64 if simple else 128 * 64) else 4
     return Config(*sides, step, num_warps, num_stages=3)
 
@@ -287,11 +293,11 @@ def linear_fisher_(
         scores=sample_scores is not None,
         regular=_is_regular(x) and _is_regular(grad_out),
     )
-    tiles_o = triton.cdiv(size_o, config.block_o)
-    num_tiles = tiles_o * triton.cdiv(size_i, config.block_i)
+    tiles_o = ceil_div(size_o, config.block_o)
+    num_tiles = tiles_o * ceil_div(size_i, config.block_i)
     splits = splits or choose_splits(num_tiles, num_samples, config, x.device)
-    samples_per_split = triton.cdiv(num_samples, splits)
-    splits = triton.cdiv(num_samples, samples_per_split)  # so that none is empty
+    samples_per_split = ceil_div(num_samples, splits)
+    splits = ceil_div(num_samples, samples_per_split)  # so that none is empty
 
     # One split adds to the accumulators itself; several leave their sums in buffers.
     fisher_out, bias_out = fisher[None], None if bias_fisher is None else bias_fisher[None]

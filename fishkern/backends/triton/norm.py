@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fishkern.backends.triton.launch import Launch, num_multiprocessors, run
+from fishkern.backends.triton.launch import Launch, ceil_div, num_multiprocessors, run
 from fishkern.backends.triton.operands import check_dtypes, strides
 
 # Small programs, many of them: the work is reading. No variant spills registers with these sizes,
@@ -162,11 +162,11 @@ def norm_fisher_(
     if x_hat is not None:
         x_hat = x_hat.reshape(num_samples, num_tokens, size)
 
-    blocks = triton.cdiv(size, BLOCK_C)
+    blocks = ceil_div(size, BLOCK_C)
     wanted = PROGRAMS_PER_MULTIPROCESSOR * num_multiprocessors(grad_out.device) // blocks
     splits = splits or min(max(wanted, 1), num_samples)
-    samples_per_split = triton.cdiv(num_samples, splits)
-    splits = triton.cdiv(num_samples, samples_per_split)  # so that none is empty
+    samples_per_split = ceil_div(num_samples, splits)
+    splits = ceil_div(num_samples, samples_per_split)  # so that none is empty
 
     # One split adds to the accumulators itself; several leave their sums in buffers.
     accumulators = weight_fisher, bias_fisher

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fishkern.backends.triton import INTERPRETED
-from fishkern.backends.triton.launch import Launch, run
+from fishkern.backends.triton.launch import Launch, ceil_div, next_power_of_2, run
 from fishkern.backends.triton.linear import TILES_PER_SWIZZLE, Config, choose_splits
 from fishkern.backends.triton.operands import TRITON_DTYPES, check_dtypes, strides
 
@@ -26,7 +26,7 @@ def choose_config(size_o: int, size_i: int, dtype: torch.dtype) -> Config:
     A side is no wider than the matrix. float32 is multiplied without tensor cores, in short steps.
     None spills registers on sm_80 and sm_90: ``aot.py`` checks.
     """
-    block_o, block_i = (max(16, min(64, triton.next_power_of_2(size))) for size in (size_o, size_i))
+    block_o, block_i = (max(16, min(64, next_power_of_2(size))) for size in (size_o, size_i))
     step = 16 if dtype == torch.float32 else 64
     return Config(
         block_o, block_i, step, num_warps=8 if block_o * block_i >= 2048 else 4, num_stages=3
@@ -183,11 +183,11 @@ def linear_selected_grad_(
     indices = indices.contiguous()
     starts = torch.arange(size_o + 1, device=x.device, dtype=indices.dtype) * size_i
     config = config or choose_config(size_o, size_i, dot_dtype)
-    num_tiles = triton.cdiv(size_o, config.block_o) * triton.cdiv(size_i, config.block_i)
-    num_steps = triton.cdiv(num_tokens, config.block_t)
+    num_tiles = ceil_div(size_o, config.block_o) * ceil_div(size_i, config.block_i)
+    num_steps = ceil_div(num_tokens, config.block_t)
     splits = splits or choose_splits(min(num_tiles, count), num_steps, config, x.device)
-    tokens_per_split = triton.cdiv(num_steps, splits) * config.block_t
-    splits = triton.cdiv(num_tokens, tokens_per_split)  # so that none is empty
+    tokens_per_split = ceil_div(num_steps, splits) * config.block_t
+    splits = ceil_div(num_tokens, tokens_per_split)  # so that none is empty
 
     # One split adds to the accumulator itself; several leave their sums in a buffer.
     out = selected_grad[None] if splits == 1 else selected_grad.new_empty(splits, count)
