@@ -139,13 +139,15 @@ ARMS = {
         Arm("best 10 %", DENSE_RATES, 0.05, 0.10, "sum"),
         Arm("best 6 %", DENSE_RATES, 0.05, 0.06, "sum"),
         Arm("best 25 %", DENSE_RATES, 0.05, 0.25, "sum"),
-        Arm("10 % by selected", DENSE_RATES, 0.05, 0.10, "selected"),
         Arm("10 % global", DENSE_RATES, 0.05, 0.10, "global"),
-        Arm("10 % by largest", DENSE_RATES, 0.05, 0.10, "largest"),
+        Arm("6 % global", DENSE_RATES, 0.05, 0.06, "global"),
+        Arm("25 % global", DENSE_RATES, 0.05, 0.25, "global"),
         Arm("10 % random", DENSE_RATES, 0.05, 0.10, "random"),
         Arm("Fisher 0.5 %", SPARSE_RATES, 0.005),
         Arm(LORA, SPARSE_RATES),
         Arm(EVERY, FULL_RATES),
         Arm(HEAD, SPARSE_RATES),
+        Arm("10 % by selected", DENSE_RATES, 0.05, 0.10, "selected"),
+        Arm("10 % by largest", DENSE_RATES, 0.05, 0.10, "largest"),
     )
 }
