@@ -69,7 +69,7 @@ def num_multiprocessors(device: torch.device) -> int:
 
 
 def ceil_div(a: int, b: int) -> int:
-    """The quotient, rounded up. Triton's own is made for kernels: on the host it takes microseconds."""
+    """The quotient, rounded up. Triton's own is for kernels: on the host it takes microseconds."""
     return -(-a // b)
 
 
