@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
 
 from fishkern.interception import (
     Rule,
@@ -25,6 +26,8 @@ from fishkern.interception import (
 )
 from fishkern.training.inputs import Reader, TrainingCall
 from fishkern.training.leaves import CHILD, INDICES
+
+ATTACHMENT = "_fishkern_attachment"  # where the model, and each part with leaves, has its handle
 
 
 class Alias(torch.autograd.Function):
@@ -82,11 +85,12 @@ class AliasTensor(Tensor):
 
 @functools.cache
 def owner_members(
-    names: tuple[str, ...], by_rule: bool
+    names: tuple[str, ...], by_rule: bool, is_root: bool
 ) -> Callable[[type[nn.Module]], dict[str, Any]]:
     """The members of an owner's class: its weights ``names`` read as aliases.
 
-    ``by_rule``: it has a rule that covers them, so that its forward needs no alias.
+    ``by_rule``: it has a rule that covers them, so that its forward needs no alias. ``is_root``: it
+    is the attached model itself, whose attachment looks on at calls.
     """
 
     def members(cls: type[nn.Module]) -> dict[str, Any]:
@@ -95,12 +99,22 @@ def owner_members(
             cls.__setattr__(self, name, getattr(value, "_fishkern_weight", value))
 
         def reduce(self: nn.Module, protocol: int) -> Any:
-            return _rebuild, (cls, names, by_rule), self.__dict__
+            # Before Python 3.11 not every object has it.
+            state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
+            return _rebuild, (cls, names, by_rule, is_root), state
+
+        def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            attachment: Any = self.__dict__.get(ATTACHMENT)
+            if attachment is None or is_traced():
+                return cls.__call__(self, *args, **kwargs)
+            return attachment.watched(functools.partial(cls.__call__, self, *args, **kwargs))
 
         members: dict[str, Any] = {name: property(functools.partial(_read, name)) for name in names}
         members |= {"__setattr__": set_attribute, "__reduce_ex__": reduce}
         if by_rule:
             members["forward"] = _forward
+        if is_root:
+            members["__call__"] = call
         return members
 
     return members
@@ -117,7 +131,7 @@ def _read(name: str, owner: nn.Module) -> Tensor:
     if not isinstance(leaf, nn.Parameter):
         return _substituted(weight, leaf, indices)
     alias: Tensor = Alias.apply(weight, leaf, indices)  # type: ignore[no-untyped-call]
-    if not torch.compiler.is_compiling() and type(alias) is Tensor:
+    if not is_traced() and type(alias) is Tensor:
         leaves.read_whole.add(name)
         alias = alias.as_subclass(AliasTensor)
         alias._fishkern_weight = weight
@@ -135,6 +149,8 @@ def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     cls = original_class(self)
     if is_traced() or len(args) != 1 or kwargs or not torch.is_grad_enabled():
         return cls.forward(self, *args, **kwargs)
+    if unpack_dual(args[0]).tangent is not None:  # forward-mode derivatives
+        return cls.forward(self, *args)
     rule = registered(cls)
     assert rule is not None
     leaves: Any = self._modules[CHILD]
@@ -163,12 +179,16 @@ def _reader(module: nn.Module, rule: Rule, indices: dict[str, Tensor | None]) ->
 
 
 def is_traced() -> bool:
-    """Whether a compiler or torch.func looks on, which want operations that they know."""
-    active: bool = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    """Whether a compiler, make_fx or torch.func looks on, which want operations that they know."""
+    active: bool = (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+    )
     return active
 
 
-def _rebuild(cls: Any, names: tuple[str, ...], by_rule: bool) -> nn.Module:
+def _rebuild(cls: Any, names: tuple[str, ...], by_rule: bool, is_root: bool) -> nn.Module:
     """An owner without its content, for pickle and deepcopy."""
-    attached = subclass(cls, owner_members(names, by_rule))
+    attached = subclass(cls, owner_members(names, by_rule, is_root))
     return attached.__new__(attached)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import nn
 from fishkern.interception import exchange_class, original_class, rule_for
 from fishkern.names import named_parameters
 from fishkern.selection.masks import SparseMask
-from fishkern.training.alias import is_traced, owner_members
+from fishkern.training.alias import ATTACHMENT, is_traced, owner_members
 from fishkern.training.checks import check_mask, has_compiled_parts
 from fishkern.training.leaves import CHILD, SHARDED, Leaves, gather, is_sharded, wide_dtype
 from fishkern.training.remasking import carry_over
@@ -21,8 +21,6 @@ from fishkern.training.steps import follow, forget
 from fishkern.training.watch import Watch
 
 __all__ = ["Handle", "attached", "train_only"]
-
-_ATTACHMENT = "_fishkern_attachment"
 
 
 def train_only(model: nn.Module, mask: SparseMask, *, unlisted: str = "error") -> Handle:
@@ -88,7 +86,7 @@ def attached(model: nn.Module) -> Handle | None:
         >>> attached(model) is handle, attached(torch.nn.Linear(3, 2))
         (True, None)
     """
-    found = (module.__dict__.get(_ATTACHMENT) for module in model.modules())
+    found = (module.__dict__.get(ATTACHMENT) for module in model.modules())
     handle: Handle | None = next((handle for handle in found if handle is not None), None)
     return handle
 
@@ -227,6 +225,20 @@ class Handle:
             self._attach(stashed)
             self._restore_flags(now)
 
+    def watched(self, call: Callable[[], Any]) -> Any:
+        """Call the model, and look on in its first forward in grad mode.
+
+        From outside the call: a KeyboardInterrupt in it passes by all forward hooks.
+        """
+        if self._watched or not torch.is_grad_enabled() or has_compiled_parts(self._model):
+            return call()
+        watch = Watch(*self._weights_and_leaves())
+        with watch:
+            output = call()
+        watch.check(output)
+        self._watched = True
+        return output
+
     def __enter__(self) -> Handle:
         return self
 
@@ -327,12 +339,14 @@ class Handle:
             names = tuple(local for local, _ in entries)
             rule = rule_for(module)
             by_rule = rule is not None and rule.selects and set(names) <= set(rule.params)
-            child.__dict__[_ATTACHMENT] = self  # so that any part of the model leads here
+            child.__dict__[ATTACHMENT] = self  # so that any part of the model leads here
             module._modules[CHILD] = child
-            exchange_class(module, owner_members(names, by_rule))
+            exchange_class(module, owner_members(names, by_rule, module is self._model))
+        if self._model not in owners:
+            exchange_class(self._model, owner_members((), False, True))
         self._freeze()
         self._model.register_forward_pre_hook(_before_forward)
-        self._model.__dict__[_ATTACHMENT] = self
+        self._model.__dict__[ATTACHMENT] = self
         follow(self)
 
     def _detach(self) -> dict[nn.Module, Leaves]:
@@ -342,10 +356,11 @@ class Handle:
                 stashed[module] = child
                 del module._modules[CHILD]
                 module.__class__ = original_class(module)
+        self._model.__class__ = original_class(self._model)
         hooks = self._model._forward_pre_hooks
         for key in [key for key, hook in hooks.items() if hook is _before_forward]:
             del hooks[key]
-        self._model.__dict__.pop(_ATTACHMENT, None)
+        self._model.__dict__.pop(ATTACHMENT, None)
         forget(self)
         return stashed
 
@@ -354,7 +369,7 @@ def _before_forward(model: nn.Module, args: Any) -> None:
     """Bring both copies of each value together before they are used."""
     if is_traced():
         return  # a traced graph holds no such checks; each optimizer step brings them together
-    handle: Handle | None = model.__dict__.get(_ATTACHMENT)
+    handle: Handle | None = model.__dict__.get(ATTACHMENT)
     if handle is None:
         return
     if hasattr(model, "set_requires_gradient_sync"):  # FSDP2 has gathered it for this forward
@@ -364,23 +379,6 @@ def _before_forward(model: nn.Module, args: Any) -> None:
         # On a GPU the full comparison would cost launches in each step: there, in training, only
         # what a version counter shows is looked at.
         leaves.reconcile(thorough=not (model.training and leaves.on_gpu), strict=True)
-    if not handle._watched and torch.is_grad_enabled() and not has_compiled_parts(model):
-        _watch_forward(model, handle)
-
-
-def _watch_forward(model: nn.Module, handle: Handle) -> None:
-    """Look on until this forward ends."""
-    watch = Watch(*handle._weights_and_leaves())
-
-    def after_forward(model: nn.Module, args: Any, output: Any) -> None:
-        watch.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-        hook.remove()
-        if output is not None:  # the forward ended without an exception
-            watch.check(output)
-            handle._watched = True
-
-    hook = model.register_forward_hook(after_forward, always_call=True)
-    watch.__enter__()  # type: ignore[no-untyped-call]
 
 
 def _check_model(model: nn.Module) -> None:

@@ -54,6 +54,27 @@ def test_copies_are_attached_and_independent(case, duplicate):
     assert distance(weights(twin), before) > 0
 
 
+class Tuner(nn.Sequential):
+    """It says itself what of it is saved, as Lightning's modules do."""
+
+    loop: object = None
+
+    def __getstate__(self):
+        return {**self.__dict__, "loop": None}
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_of_a_model_that_says_what_of_it_is_copied(duplicate):
+    model = Tuner(nn.Linear(4, 4))
+    train_only(model, random_mask(model))
+    model.loop = (x for x in ())  # which nothing can copy
+    twin = duplicate(model)
+    assert attached(twin) is not attached(model)
+    assert type(twin) is type(model)
+    attached(twin).remove()
+    assert type(twin) is Tuner
+
+
 @pytest.mark.parametrize("write", ["in_place", "data", "parameter"])
 @pytest.mark.parametrize("then", ["forward", "state_dict", "remove", "score", "to"])
 def test_a_weight_that_others_write_keeps_what_they_wrote(write, then):

@@ -82,10 +82,16 @@ def test_only_the_first_forward_in_grad_mode_is_watched():
     assert not model._forward_hooks_always_called
 
 
-def test_an_exception_in_the_first_forward_ends_the_watch():
-    model = Saved(lambda h, weight: 1 / 0)
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+def test_an_exception_in_the_first_forward_ends_the_watch(error):
+    """torch's own hooks do not hear of the second one."""
+
+    def fail(h, weight):
+        raise error
+
+    model = Saved(fail)
     train_only(model, random_mask(model))
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(error):
         model(IDS)
     assert _get_current_function_mode_stack() == []
     assert not model._forward_hooks
