@@ -12,16 +12,16 @@ from __future__ import annotations
 
 import argparse
 import csv
-import multiprocessing
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.column_study.arms import ARMS
 from benchmarks.column_study.data import prepare
+from benchmarks.column_study.processes import perform_shared
 from benchmarks.column_study.runs import Row, Run, Settings, perform
 from benchmarks.column_study.table import read, table
 from benchmarks.glue import TASKS
@@ -59,7 +59,9 @@ def study(args: argparse.Namespace, tasks: Sequence[str]) -> int:
         settings = Settings(
             args.data, Path(scores), args.model, time.time() + args.deadline, args.threads
         )
-        rows = perform(runs, settings) if args.jobs == 1 else _shared(runs, settings, args.jobs)
+        rows = (
+            perform(runs, settings) if args.jobs == 1 else perform_shared(runs, settings, args.jobs)
+        )
         for row in rows:
             append(args.output, machine | row)
             print(
@@ -95,36 +97,6 @@ def append(path: Path, row: Row) -> None:
 def _key(row: Any) -> tuple[str, ...]:
     """What a run is known by."""
     return tuple(str(row[name]) for name in Run.__dataclass_fields__)
-
-
-def _shared(runs: Sequence[Run], settings: Settings, jobs: int) -> Iterator[Row]:
-    """The rows of all runs, done by so many processes that take them one by one."""
-    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-    waiting, found = context.Queue(), context.Queue()
-    waiting.cancel_join_thread()  # what nobody took before the deadline
-    for run in [*runs, *([None] * jobs)]:
-        waiting.put(run)
-    workers = [
-        context.Process(target=_work, args=(waiting, found, settings), daemon=True)
-        for _ in range(jobs)
-    ]
-    for worker in workers:
-        worker.start()
-    for _ in workers:
-        yield from iter(found.get, None)  # each says None when it is through
-    for worker in workers:
-        worker.join()
-    failed = sum(bool(worker.exitcode) for worker in workers)
-    if failed:
-        raise RuntimeError(f"{failed} of {jobs} processes failed, see above: start again to go on")
-
-
-def _work(waiting: Any, found: Any, settings: Settings) -> None:
-    try:
-        for row in perform(iter(waiting.get, None), settings):
-            found.put(row)
-    finally:
-        found.put(None)
 
 
 def _parser() -> argparse.ArgumentParser:
