@@ -9,7 +9,6 @@ import copy
 import re
 import statistics
 import time
-import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -70,7 +69,7 @@ class Phases(NamedTuple):
 class Footprint(NamedTuple):
     """Bytes of one training step."""
 
-    kept: int  # from forward to backward
+    kept: int  # from forward to backward: each storage once and whole, what is there anyway not
     gradients: int  # at the end of the backward pass
     held: int  # between steps, beside the model: state, indices, leaves, adapters
     peak: int  # in a step, beyond what is held between steps
@@ -119,7 +118,9 @@ class Trainer:
         """Measured in three more steps."""
         self()  # so that state is there
         persistent = storages(self._persistent())
-        kept, loss = self._forward_watched(persistent)
+        loss = self.model(**self.batch).loss
+        found = storages(kept_tensors(loss))
+        kept = sum(size for place, size in found.items() if place not in persistent)
         loss.backward()
         gradients = sum(storages(p.grad for p in self.model.parameters()).values())
         del loss
@@ -130,26 +131,6 @@ class Trainer:
         on_gpu = self._device == "cuda"
         peak = round(2**20 * cuda_peak(self)) if on_gpu else allocated_peak(self)
         return Footprint(kept, gradients, held, peak)
-
-    def _forward_watched(self, persistent: dict[int, int]) -> tuple[int, Tensor]:
-        """The bytes that one forward keeps for backward, and its loss.
-
-        Each storage counts once and whole; parameters and whatever else is there anyway do not.
-        What a graph lets go of before the forward ends was not kept.
-        """
-        packed: list[weakref.ref[_Saved]] = []
-
-        def pack(tensor: Tensor) -> _Saved:
-            # Its very self, by which layers that share it know it; an output would hold its graph.
-            saved = _Saved(tensor if tensor.grad_fn is None else tensor.detach())
-            packed.append(weakref.ref(saved))
-            return saved
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
-            loss = self.model(**self.batch).loss
-        found = storages(saved.tensor for ref in packed if (saved := ref()) is not None)
-        kept = sum(size for place, size in found.items() if place not in persistent)
-        return kept, loss
 
     def _persistent(self) -> list[Tensor]:
         """All that is there between steps, in the modules and in the optimizer."""
@@ -164,11 +145,25 @@ class Trainer:
         return time.perf_counter()
 
 
-class _Saved:
-    """A tensor that the graph keeps, to be asked for whether it still does."""
+def kept_tensors(output: Tensor) -> list[Tensor]:
+    """What the graph behind an output keeps for the backward pass, asked of its nodes.
 
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
+    Hooks on saved tensors would see as much, but change what a layer may keep.
+    """
+    seen: set[Any] = set()
+    found: list[Any] = []
+    left: list[Any] = [output.grad_fn]
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        left += [following for following, _ in node.next_functions]
+        found += getattr(node, "saved_tensors", ())  # of a function that is written in Python
+        for name in dir(node):
+            value = getattr(node, name) if name.startswith("_saved_") else None
+            found += value if isinstance(value, (tuple, list)) else [value]
+    return [value for value in found if isinstance(value, Tensor)]
 
 
 def tensors_of(model: nn.Module) -> list[Tensor]:

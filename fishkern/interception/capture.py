@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from fishkern.interception.rules import Rule, original_class
 
-#: Called in the backward pass with (site, x, grad_out); its return value is the gradients of
-#: the anchors that ``run_intercepted`` was given, in order.
-Consumer = Callable[["Site", Tensor, Tensor], Sequence[Tensor | None]]
+#: Called in the backward pass with (site, x, grad_out) - in x's place what the site's ``keep``
+#: returned, if it has one; its return value is the gradients of the anchors that
+#: ``run_intercepted`` was given, in order.
+Consumer = Callable[["Site", Any, Tensor], Sequence[Tensor | None]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,8 +34,8 @@ class Site:
     names: Mapping[str, str]  # local name -> name in the model, of the parameters concerned
     consume: Consumer
     called: Callable[[Site, Tensor], Tensor] | None = None  # at each call; returns the input
-    # What of the input the consumer needs, in the dtype that the layer computes in; None: all.
-    keep: Callable[[Tensor, torch.dtype], Tensor] | None = None
+    # What the consumer needs for the input in the dtype that the layer computes in; None: that.
+    keep: Callable[[Tensor, torch.dtype], Sequence[Tensor]] | None = None
 
 
 class _Intercepted(torch.autograd.Function):
@@ -53,13 +54,14 @@ class _Intercepted(torch.autograd.Function):
             # The layer would cast its input: keep the cast, as the ordinary graph does.
             dtype = torch.get_autocast_dtype(device)
             x = x.to(dtype)
-        kept = x
+        kept: Sequence[Tensor] = [x]
         if site.keep is not None:
             kept = site.keep(given, dtype)
         elif site.names and not site.rule.reads_input(site.names):
-            kept = x.new_zeros(()).expand(x.shape)  # only the shape: x may be changed in place
+            kept = [x.new_zeros(()).expand(x.shape)]  # only the shape: x may be changed in place
+        ctx.num_kept = len(kept)
         # The parameters are kept so that autograd notices if somebody writes to them.
-        ctx.save_for_backward(kept, *tensors[:num_params])
+        ctx.save_for_backward(*kept, *tensors[:num_params])
         y: Tensor = original_class(site.module).forward(site.module, x)
         # Autograd forbids changing a view in place where a custom function made it. The base of
         # this one is a temporary that nobody else sees (F.linear flattens [N, T] for its product).
@@ -81,13 +83,15 @@ class _Intercepted(torch.autograd.Function):
         nothing = (None,) * ctx.num_params
         if grad_out is None:
             return (None, None, None, *nothing, *(None,) * ctx.num_anchors)
-        site, x, grad_x = ctx.site, ctx.saved_tensors[0], None
+        site, kept, grad_x = ctx.site, ctx.saved_tensors[: ctx.num_kept], None
         device, dtype, enabled = ctx.autocast
         if ctx.needs_input_grad[2]:
             with _autocast(device, dtype, enabled):  # as in the forward pass
-                grad_x = site.rule.input_grad(site.module, x, grad_out).to(ctx.x_dtype)
+                # What was kept in its place is not read.
+                grad_x = site.rule.input_grad(site.module, kept[0], grad_out).to(ctx.x_dtype)
         with _autocast(device, dtype, False):
-            return (None, None, grad_x, *nothing, *site.consume(site, x, grad_out))
+            given = kept[0] if site.keep is None else kept
+            return (None, None, grad_x, *nothing, *site.consume(site, given, grad_out))
 
 
 def _autocast(device: str, dtype: torch.dtype, enabled: bool) -> AbstractContextManager[Any]:

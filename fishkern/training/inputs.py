@@ -3,21 +3,23 @@
 The gradient of a weight at an entry of column i needs feature i of the input alone. So of an input
 ``[N, T, I]`` only ``x[..., columns]`` has to live until the backward pass. Several layers may read
 one tensor - query, key and value of attention, both branches of a gated MLP - and then the columns
-of all of them are gathered and kept once.
+of all of them are gathered and kept once. Where the input's maker keeps what they can be made of
+again (``makers.py``), not even they are kept.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdRef
 
 from fishkern.interception import Rule, Selection, Site
+from fishkern.training.makers import Made, gathered, made
 
 #: What was kept of each input last, by the input's id, as long as a backward pass needs it.
 _found: dict[int, _Found] = {}
@@ -41,10 +43,16 @@ class Reader:
         # Of a parameter that is trained whole the gradient needs all columns.
         self._own = _union(None if s is None else s.columns for s in self.selections.values())
         self._company = _Company([self], self._own)
+        # A rule that reads the input elsewhere, too, is given all of it.
+        self._may_remake = not rule.reads_input(()) if self._own is None else len(self._own) > 0
+        self._as_made: dict[Any, bool] = {}  # whether a kind of maker makes them what they are
+        self._remade = False  # in the last forward
 
     def share_kept(self, name: str) -> float:
         """Which share of the input's features is kept, for one parameter and its company."""
         own: Selection | None = self.selections[name]
+        if self._remade:
+            return 0.0
         if own is None or own.columns is None or self.columns is None:
             return 1.0
         return own.kept * len(self.columns) / len(own.columns) if len(own.columns) else 0.0
@@ -65,6 +73,10 @@ class Reader:
 
         Who shares an input is found out here, and holds from the next forward on.
         """
+        source = self._made(x)
+        self._remade = source is not None
+        if source is not None:
+            return Kept(source.tensors, Way(None, dtype, source.columns))
         if _is_checkpointed() or x.is_inference():  # whose changes are not counted
             return _kept(x, self._own, dtype)
         found = _found.get(id(x))
@@ -73,11 +85,27 @@ class Reader:
             if found.reader._company is not self._company:
                 found.reader._join(self)
             elif found.columns is self.columns and values is not None and values.dtype == dtype:
-                return Kept(values, found.columns)
+                return Kept([values], Way(found.columns, dtype))
         kept = _kept(x, self.columns, dtype)
-        if kept.columns is not None:
+        if kept.way.columns is not None:
             _remember(x, kept, self)
         return kept
+
+    def _made(self, x: Tensor) -> Made | None:
+        """How columns of x can be made again, if that makes them what they are.
+
+        It is tried once for each kind of maker: somebody may write to what it made unseen.
+        """
+        source = made(x) if self._may_remake else None
+        if source is None:
+            return None
+        kind = (source.by, x.dtype, x.device)
+        if kind not in self._as_made:
+            if not x.numel() or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+                return None  # there is nothing to compare, or no way to
+            columns = source.columns(self._own, *source.tensors)
+            self._as_made[kind] = _equal(columns, gathered(x, self._own))
+        return source if self._as_made[kind] else None
 
     def _join(self, other: Reader) -> None:
         """Keep the same columns as another reader from now on."""
@@ -87,19 +115,38 @@ class Reader:
             reader._company = company
 
 
-class Kept(NamedTuple):
-    """What is left of an input: ``[*, C]``, and which features these are (None: all)."""
+class Way(NamedTuple):
+    """What was kept of an input, without the tensors themselves.
 
-    values: Tensor
+    Attributes:
+        columns: Which features were kept, ascending ``[C]``; None: all.
+        dtype: In which dtype the layer reads them.
+        remake: Makes features again of what the input's maker keeps; None: they were kept.
+    """
+
     columns: Tensor | None
+    dtype: torch.dtype
+    remake: Callable[..., Tensor] | None = None
 
-    def narrowed(self, columns: Tensor | None) -> Tensor:
-        """Some of the features that were kept."""
+    def features(self, columns: Tensor | None, kept: Sequence[Tensor]) -> Tensor:
+        """Some of the features, ``[*, C]`` (None: all), of what was kept."""
+        if columns is not None and not len(columns):  # nothing is read, as for a bias
+            return kept[0][..., :0]
+        if self.remake is not None:
+            return self.remake(columns, *kept).to(self.dtype)
+        (values,) = kept
         if columns is None or columns is self.columns:
-            return self.values
+            return values
         if self.columns is not None:
             columns = torch.searchsorted(self.columns, columns)
-        return _gathered(self.values, columns)
+        return gathered(values, columns)
+
+
+class Kept(NamedTuple):
+    """What the backward pass needs of an input: tensors, and what they are."""
+
+    tensors: Sequence[Tensor]
+    way: Way
 
 
 class _Found(NamedTuple):
@@ -116,10 +163,11 @@ def _remember(x: Tensor, kept: Kept, reader: Reader) -> None:
     An input that lives on may be filled anew where no version counts it: by numpy, through
     ``.data``, by a fused optimizer, or for a CUDA graph's replay.
     """
-    assert kept.columns is not None
+    columns = kept.way.columns
+    assert columns is not None
     key = id(x)
-    values = WeakIdRef(kept.values, lambda _: _found.pop(key, None))
-    _found[key] = _Found(weakref.ref(x), x._version, values, kept.columns, reader)
+    values = WeakIdRef(kept.tensors[0], lambda _: _found.pop(key, None))
+    _found[key] = _Found(weakref.ref(x), x._version, values, columns, reader)
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,23 +188,23 @@ class TrainingCall:
 
     def __init__(self, reader: Reader, dtypes: Mapping[str, torch.dtype]) -> None:
         self._reader, self._dtypes = reader, dtypes
-        self._columns: Tensor | None = None
+        self._way: Way | None = None
 
-    def keep(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+    def keep(self, x: Tensor, dtype: torch.dtype) -> Sequence[Tensor]:
         """What the backward pass needs of the input."""
-        kept = self._reader.keep(x, dtype)
-        self._columns = kept.columns
-        return kept.values
+        tensors, self._way = self._reader.keep(x, dtype)
+        return tensors
 
-    def __call__(self, site: Site, x: Tensor, grad_out: Tensor) -> list[Tensor]:
+    def __call__(self, site: Site, kept: Sequence[Tensor], grad_out: Tensor) -> list[Tensor]:
         """The gradients of the leaves, and of the parameters that are trained whole."""
-        kept, grads = Kept(x, self._columns), []
+        way, grads = self._way, []
+        assert way is not None
         for name, dtype in self._dtypes.items():
             selection = self._reader.selections[name]
+            features = way.features(None if selection is None else selection.columns, kept)
             if selection is None:
-                grad = site.rule.param_grad(site.module, name, x, grad_out)
+                grad = site.rule.param_grad(site.module, name, features, grad_out)
             else:
-                features = kept.narrowed(selection.columns)
                 grad = site.rule.selected_grad(site.module, name, selection, features, grad_out)
             grads.append(grad.to(dtype))
         return grads
@@ -172,13 +220,13 @@ def _is_checkpointed() -> bool:
 
 
 def _kept(x: Tensor, columns: Tensor | None, dtype: torch.dtype) -> Kept:
-    return Kept((x if columns is None else _gathered(x, columns)).to(dtype), columns)
+    return Kept([gathered(x, columns).to(dtype)], Way(columns, dtype))
 
 
-def _gathered(x: Tensor, columns: Tensor) -> Tensor:
-    """``x[..., columns]``, by torch's faster way, which is for matrices."""
-    flat = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    return flat.index_select(1, columns).view(*x.shape[:-1], len(columns))
+def _equal(remade: Tensor, x: Tensor) -> bool:
+    """Whether all that differs is the rounding; it may where a kernel's loop ends."""
+    bound = 2 * torch.finfo(x.dtype).eps * x.detach().abs().max()
+    return bool((remade - x.detach()).abs().max() <= bound)  # not of NaN
 
 
 def _union(sets: Iterable[Tensor | None]) -> Tensor | None:

@@ -15,7 +15,8 @@ _WORDS = (0, 1, 8)  # columns that are aligned to the left
 _DENSE = "dense: formed, gathered, freed"
 _LEGEND = """\
 columns, rows: those of the matrix that hold a selected entry
-kept: the share of the layer's input that lives until backward, for all readers of the same tensor
+kept: the share of the layer's input that lives until backward, for all readers of the same tensor;
+      nothing where it can be made again of what its maker keeps anyhow
 work: the expected share of the dense gradient's cost"""
 
 

@@ -42,7 +42,7 @@ INNER_LAYERS = {
         {"one_sample", "squares"},
     ],
     "selection": [{"select"}, {"masks"}],
-    "training": [{"train_only"}, {"alias", "report", "steps", "watch"}, {"inputs"}],
+    "training": [{"train_only"}, {"alias", "report", "steps", "watch"}, {"inputs"}, {"makers"}],
     "optim": [
         {"optimizer"},
         {"numerics", "remasking"},

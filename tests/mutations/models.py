@@ -123,10 +123,10 @@ MUTANTS = (
         (
             Edit(
                 "interception/capture.py",
-                "ctx.save_for_backward(kept, *tensors[:num_params])",
+                "ctx.save_for_backward(*kept, *tensors[:num_params])",
                 "ctx.kept = kept",
             ),
-            Edit("interception/capture.py", "ctx.saved_tensors[0]", "ctx.kept"),
+            Edit("interception/capture.py", "ctx.saved_tensors[: ctx.num_kept]", "ctx.kept"),
         ),
         "test_pitfall_16_an_input_changed_after_its_use_is_refused",
     ),
