@@ -30,7 +30,7 @@ from benchmarks.machine import RESULTS, describe
 OUTPUT = RESULTS / "columns.csv"
 DEFAULT_TASKS = ("sst2", "qqp", "stsb", "qnli")
 COLUMNS = ("task", "arm", "share", "rule", "density", "trained", "seed", "lr", "steps", "batch")
-COLUMNS += ("device", "dev", "held_out", "columns", "work", "weights", "seconds")
+COLUMNS += ("device", "dev", "held_out", "columns", "work", "captured", "weights", "seconds")
 COLUMNS += ("date", "commit", "fishkern", "torch", "machine")
 SHOWN = ("task", "arm", "seed", "lr", "dev", "held_out", "seconds")
 

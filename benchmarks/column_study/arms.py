@@ -118,6 +118,16 @@ def best_columns_of_all(
     return kept
 
 
+def captured(mask: fishkern.SparseMask, scores: Scores) -> float:
+    """The sum of the mask's scores, as a share of that of as many entries without restriction."""
+    best = fishkern.select(scores, k=mask.num_selected)
+    ours, most = (
+        sum(float(scores[name].flatten()[i.long()].double().sum()) for name, i in found.items())
+        for found in (mask, best)
+    )
+    return ours / most
+
+
 def expected_work(mask: fishkern.SparseMask) -> float:
     """The share of the matrices' dense weight gradients that ``train_only`` works out."""
     work = total = 0.0

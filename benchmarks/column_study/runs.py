@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import fishkern
 from benchmarks import glue
-from benchmarks.column_study.arms import ARMS, EVERY, HEAD, LORA, Arm, expected_work
+from benchmarks.column_study.arms import ARMS, EVERY, HEAD, LORA, Arm, captured, expected_work
 from benchmarks.column_study.data import Examples, Task, load, weights_precision
 from benchmarks.harness import Missing
 from benchmarks.mask_shares import shares
@@ -84,9 +84,11 @@ def finetune(run: Run, settings: Settings) -> Row:
     """Train as the run says, and score dev and what was held out of train."""
     task, arm = read_task(settings.data, run.task, run.device), ARMS[run.arm]
     model = new_model(settings.model, task.classes, run.seed, run.device)
-    mask = None
+    mask = share = None
     if arm.density is not None:
-        mask = arm.mask(fisher(run, settings), run.seed)
+        scores = fisher(run, settings)
+        mask = arm.mask(scores, run.seed)
+        share = round(captured(mask, scores), 4)
     optimizer = prepare(model, arm, mask, run)
     train(model, optimizer, task.train, run)
     used = {} if mask is None else {k: v.cpu() for k, v in mask.items()}
@@ -101,6 +103,7 @@ def finetune(run: Run, settings: Settings) -> Row:
         "held_out": evaluate(model, task.held_out, task.name),
         "columns": None if mask is None else round(shares(used, mask.shapes).columns, 4),
         "work": None if mask is None else round(expected_work(mask), 4),
+        "captured": share,
         "weights": weights_precision() if settings.model == "minilm" else "random",
     }
 

@@ -26,14 +26,15 @@ def table(rows: Iterable[Mapping[str, str]]) -> str:
 
     The learning rate of an arm and task is the one with the best mean on what was held out of
     train, among those that have the most seeds. ``difference`` is to ``UNRESTRICTED``, paired by
-    task and seed, with the standard error of its mean; ``columns`` and ``work`` are means.
+    task and seed, with the standard error of its mean; ``columns``, ``work`` and ``score``, the
+    share of the unrestricted mask's scores that an arm's has, are means.
     """
     results = at_best_rate(rows)
     tasks = list(dict.fromkeys(task for _, task in results))
     found = {arm for arm, _ in results}
     lines = [
-        f"| trained | weights | columns | work | {' | '.join(tasks)} | difference | pairs |",
-        "| --- |" + " --- |" * (5 + len(tasks)),
+        f"| trained | weights | columns | work | score | {' | '.join(tasks)} | difference | pairs |",
+        "| --- |" + " --- |" * (6 + len(tasks)),
     ]
     for arm in (arm for arm in ARMS if arm in found):
         by_task = [list(results.get((arm, task), {}).values()) for task in tasks]
@@ -42,6 +43,7 @@ def table(rows: Iterable[Mapping[str, str]]) -> str:
             f"{statistics.mean(int(row['trained']) for row in of_arm):,.0f}",
             _percent(of_arm, "columns"),
             _percent(of_arm, "work"),
+            _percent(of_arm, "captured"),
             *(_mean_and_spread([float(row["dev"]) for row in by_seed]) for by_seed in by_task),
         ]
         pairs = differences(results, arm, tasks)
@@ -78,7 +80,7 @@ def _held_out(by_seed: Mapping[int, Mapping[str, str]]) -> tuple[int, float]:
 
 
 def _percent(rows: Sequence[Mapping[str, str]], name: str) -> str:
-    values = [float(row[name]) for row in rows if row[name]]
+    values = [float(row[name]) for row in rows if row.get(name)]
     return f"{100 * statistics.mean(values):.0f} %" if values else ""
 
 

@@ -39,17 +39,23 @@ def problem(shape, dtype=torch.float32, ids_dtype=torch.int64):
 
 
 def truth(ids, grad_out, num_rows, padding_idx=None, mask=None):
-    """fisher and sample_scores from every sample's dense gradient, by an embedding in float64."""
-    fisher = torch.zeros(num_rows, grad_out.shape[-1], dtype=torch.float64)
-    scores = torch.zeros(len(ids), dtype=torch.float64)
-    layer = torch.nn.Embedding(*fisher.shape, padding_idx=padding_idx).double()
+    """fisher and sample_scores from every sample's dense gradient, by an embedding in float64.
+
+    On the CPU: there a width of zero is no illegal access.
+    """
+    device, ids, grad_out = ids.device, ids.cpu(), grad_out.cpu()
+    layer = torch.nn.Embedding(
+        num_rows, grad_out.shape[-1], padding_idx=padding_idx, device="cpu", dtype=torch.float64
+    )
+    fisher = torch.zeros_like(layer.weight, requires_grad=False)
+    scores = fisher.new_zeros(len(ids))
     for n in range(len(ids)):
         layer.zero_grad()
         layer(ids[n]).backward(grad_out[n].double())
         square = layer.weight.grad.square()
         fisher += square
-        scores[n] = (square if mask is None else square.where(mask, torch.zeros(()).double())).sum()
-    return fisher, scores
+        scores[n] = (square if mask is None else square * mask.cpu()).sum()
+    return fisher.to(device), scores.to(device)
 
 
 def check(ids, grad_out, num_rows, padding_idx=None, mask=None):
