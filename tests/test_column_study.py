@@ -12,7 +12,7 @@ import torch
 import fishkern
 from benchmarks.column_study import __main__ as study
 from benchmarks.column_study import data
-from benchmarks.column_study.arms import ARMS, RULES, UNRESTRICTED, Arm, expected_work
+from benchmarks.column_study.arms import ARMS, RULES, UNRESTRICTED, Arm, captured, expected_work
 from benchmarks.column_study.runs import correlation
 from benchmarks.column_study.table import table
 from benchmarks.machine import ROOT
@@ -190,6 +190,12 @@ def test_whole_columns_cost_their_share():
     assert 0 < expected_work(mask) < 0.25
 
 
+def test_a_mask_captures_a_share_of_the_best_scores():
+    mask = fishkern.SparseMask({"w": torch.tensor([1, 3])}, {"w": torch.Size((2, 3))})
+    scores = {"w": torch.tensor([[5.0, 1.0, 0.0], [2.0, 4.0, 3.0]])}
+    assert captured(mask, scores) == pytest.approx((1 + 2) / (5 + 4))
+
+
 def test_correlations_are_numpys():
     a, b = torch.rand(50), torch.rand(50)
     assert correlation(a, b) == pytest.approx(np.corrcoef(a, b)[0, 1], abs=1e-5)
@@ -201,7 +207,7 @@ def test_correlations_are_numpys():
 
 def test_the_table_by_hand():
     def row(arm, seed, lr, dev, held_out, columns="0.5"):
-        numbers = {"trained": "100", "columns": columns, "work": columns}
+        numbers = {"trained": "100", "columns": columns, "work": columns, "captured": columns}
         names = {"task": "sst2", "arm": arm, "seed": str(seed), "lr": str(lr)}
         return names | numbers | {"dev": str(dev), "held_out": str(held_out)}
 
@@ -216,9 +222,9 @@ def test_the_table_by_hand():
         row("LoRA r=8", 0, 1e-3, 0.9, 0.9, ""),
     ]
     head, _, *lines = table(rows).splitlines()
-    assert head == "| trained | weights | columns | work | sst2 | difference | pairs |"
+    assert head == "| trained | weights | columns | work | score | sst2 | difference | pairs |"
     assert lines == [
-        "| Fisher 5 % | 100 | 50 % | 50 % | 81.0 ± 1.4 |  |  |",
-        "| best 10 % | 100 | 10 % | 10 % | 81.0 ± 2.8 | +0.0 ± 1.0 | 2 |",
-        "| LoRA r=8 | 100 |  |  | 90.0 | +10.0 | 1 |",
+        "| Fisher 5 % | 100 | 50 % | 50 % | 50 % | 81.0 ± 1.4 |  |  |",
+        "| best 10 % | 100 | 10 % | 10 % | 10 % | 81.0 ± 2.8 | +0.0 ± 1.0 | 2 |",
+        "| LoRA r=8 | 100 |  |  |  | 90.0 | +10.0 | 1 |",
     ]

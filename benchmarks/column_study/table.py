@@ -32,9 +32,10 @@ def table(rows: Iterable[Mapping[str, str]]) -> str:
     results = at_best_rate(rows)
     tasks = list(dict.fromkeys(task for _, task in results))
     found = {arm for arm, _ in results}
+    heads = ["trained", "weights", "columns", "work", "score", *tasks, "difference", "pairs"]
     lines = [
-        f"| trained | weights | columns | work | score | {' | '.join(tasks)} | difference | pairs |",
-        "| --- |" + " --- |" * (6 + len(tasks)),
+        f"| {' | '.join(heads)} |",
+        "|" + " --- |" * len(heads),
     ]
     for arm in (arm for arm in ARMS if arm in found):
         by_task = [list(results.get((arm, task), {}).values()) for task in tasks]
