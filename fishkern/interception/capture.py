@@ -86,17 +86,18 @@ class _Intercepted(torch.autograd.Function):
         site, kept, grad_x = ctx.site, ctx.saved_tensors[: ctx.num_kept], None
         device, dtype, enabled = ctx.autocast
         if ctx.needs_input_grad[2]:
-            with _autocast(device, dtype, enabled):  # as in the forward pass
+            with autocast(device, dtype, enabled):  # as in the forward pass
                 # What was kept in its place is not read.
                 grad_x = site.rule.input_grad(site.module, kept[0], grad_out).to(ctx.x_dtype)
-        with _autocast(device, dtype, False):
+        with autocast(device, dtype, enabled=False):
             given = kept[0] if site.keep is None else kept
             return (None, None, grad_x, *nothing, *site.consume(site, given, grad_out))
 
 
-def _autocast(device: str, dtype: torch.dtype, enabled: bool) -> AbstractContextManager[Any]:
+def autocast(device: str, dtype: torch.dtype | None, enabled: bool) -> AbstractContextManager[Any]:
+    """``torch.autocast``; nothing at all where it is off and stays off."""
     if not enabled and not torch.is_autocast_enabled(device):
-        return nullcontext()  # sooner there
+        return nullcontext()
     return torch.autocast(device, dtype, enabled=enabled)
 
 

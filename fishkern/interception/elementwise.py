@@ -130,17 +130,18 @@ class _Call:
             name = getattr(func.__self__, "__name__", "")
         self.in_place = name == "__setitem__" or (name.endswith("_") and name[-2:] != "__")
         self.name = name.strip("_")
-        self.args, self.kwargs = _mapped(_current, args), _mapped(_current, kwargs)
         self.tracked: list[Tracked] = []
         self.others: list[Tensor] = []
-        _mapped(self.sort, (self.args, self.kwargs))
+        self.args, self.kwargs = _mapped(self.sorted, args), _mapped(self.sorted, kwargs)
 
-    def sort(self, tensor: Tensor) -> None:
-        """Into the tracked ones and the others."""
+    def sorted(self, tensor: Tensor) -> Tensor:
+        """What it is at present, noted among the tracked ones or the others."""
+        tensor = _current(tensor)
         if isinstance(tensor, Tracked):
             self.tracked.append(tensor)
         else:
             self.others.append(tensor)
+        return tensor
 
     def first(self) -> bool:
         """Whether the first argument is tracked."""
@@ -251,7 +252,7 @@ def _mapped(function: Callable[[Tensor], Any], value: Any) -> Any:
         return function(value)
     if type(value) in (tuple, list):
         return type(value)([_mapped(function, part) for part in value])
-    if type(value) is dict:
+    if type(value) is dict and value:
         return {key: _mapped(function, part) for key, part in value.items()}
     return value
 

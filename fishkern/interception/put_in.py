@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fishkern.interception.capture import Site
+from fishkern.interception.capture import Site, autocast
 
 #: Called in the backward pass with (use, grad_out).
 UseConsumer = Callable[["Use", Tensor], None]
@@ -90,7 +90,7 @@ class _PutIn(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None) -> tuple[None, ...]:
         if grad_out is not None:
-            with torch.autocast(grad_out.device.type, enabled=False):
+            with autocast(grad_out.device.type, None, enabled=False):
                 ctx.consume(ctx.use, grad_out)
         return (None, None, *(None,) * ctx.num_params)
 

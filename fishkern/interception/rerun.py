@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from fishkern.interception.capture import Site, is_paused, paused, subclass
+from fishkern.interception.capture import Site, autocast, is_paused, paused, subclass
 from fishkern.interception.elementwise import RULE
 from fishkern.interception.rules import original_class
 
@@ -321,7 +321,7 @@ class _Passed(torch.autograd.Function):
             call.tensors = tuple(tensor.detach() for tensor in saved[:num_tensors])
             call.output = saved[num_tensors] if len(saved) > num_tensors else None
             try:
-                with torch.autocast(grad_out.device.type, enabled=False):
+                with autocast(grad_out.device.type, None, enabled=False):
                     call.rerun.consume(call, grad_out)
             finally:
                 call.tensors, call.output = (), None

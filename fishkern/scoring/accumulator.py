@@ -54,6 +54,7 @@ class FisherAccumulator:
         self.broadcast: int | None = None
         self.expanded = False
         self.num_calls: Counter[str] = Counter()
+        self.in_segments: set[str] = set()
         self.uses: dict[str, list[_Use]] = {}
         self.ready: dict[str, Tensor] = {}
         self.num_uses: Counter[str] = Counter()
@@ -100,6 +101,8 @@ class FisherAccumulator:
             self.expanded = True
         if self.layouts.note(site, tuple(x.shape)):
             self.num_calls.update(site.names.values())
+            if not torch.is_grad_enabled():  # so runs the forward of reentrant checkpointing
+                self.in_segments.update(site.names.values())
             if isinstance(site.rule, EmbeddingRule):
                 for name in site.names.values():
                     self.lookups.setdefault(name, []).append(_Use(site, x, x))
@@ -112,6 +115,7 @@ class FisherAccumulator:
         """The forward pass starts again."""
         self.layouts.forget_calls()
         self.num_calls.clear()
+        self.in_segments.clear()
         self.lookups.clear()
 
     @contextmanager
@@ -287,7 +291,7 @@ class FisherAccumulator:
             self._stray(name, "it has a use that no rule sees, outside its module or within it")
         elif name in self.uses or name in self.ready:
             self.complete.add(name)
-            if self.num_calls[name] > self.num_uses[name]:
+            if name in self.in_segments and self.num_calls[name] > self.num_uses[name]:
                 return  # another segment may bring the rest: wait until the backward returns
             if name in self.ready:
                 self._accumulate([name])

@@ -31,6 +31,7 @@ class OneSamplePasses:
     ) -> None:
         self.model, self.candidates, self.loss_fn = model, candidates, loss_fn
         self.labels = labels
+        self._all_params = list(model.parameters())
         self.attached = False  # whether a loss has required a gradient
         #: Whether the losses are made of gradients that loss_fn or the model takes itself.
         self.differentiates = False
@@ -154,10 +155,9 @@ class OneSamplePasses:
     @unwatched
     def _require_grad(self, names: Iterable[str]) -> None:
         """Only these parameters need a gradient: nothing is computed for any other."""
-        for param in self.model.parameters():
-            param.requires_grad_(False)
-        for name in names:
-            self.candidates[name].requires_grad_(True)
+        chosen = {id(self.candidates[name]) for name in names}
+        for param in self._all_params:
+            param.requires_grad_(id(param) in chosen)
 
     @unwatched
     def _clear_grads(self) -> None:

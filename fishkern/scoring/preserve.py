@@ -35,13 +35,13 @@ class NoDropout(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Skip dropout; run attention without it; pass everything else on."""
-        kwargs = dict(kwargs or {})
+        kwargs = kwargs or {}
         if func in self.identities:
             return args[0] if args else kwargs["input"]
         if func is F.scaled_dot_product_attention:
             args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
             if "dropout_p" in kwargs:
-                kwargs["dropout_p"] = 0.0
+                kwargs = {**kwargs, "dropout_p": 0.0}
         return func(*args, **kwargs)
 
 
@@ -97,8 +97,9 @@ def _leaves(output: Tensor) -> list[Tensor]:
         if node is None or node in seen:
             continue
         seen.add(node)
-        nodes.extend(following for following, _ in node.next_functions)
-        if node.name() == "torch::autograd::AccumulateGrad":
+        if following := node.next_functions:
+            nodes += [edge[0] for edge in following]
+        elif node.name() == "torch::autograd::AccumulateGrad":
             leaves.append(node.variable)  # type: ignore[attr-defined]
     return leaves
 

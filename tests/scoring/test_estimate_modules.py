@@ -4,10 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from fishkern import estimate_fisher
-from tests.support.oracle import assert_exact, squared_error
+from fishkern.scoring.accumulator import FisherAccumulator
+from tests.support.oracle import assert_exact, fisher_oracle, squared_error
 from tests.support.problems import bert, class_loss, classes, lora
+from tests.support.tolerances import assert_scores_match
 
 N, T, I, O = 4, 5, 3, 2  # samples, tokens, input and output features  # noqa: E741
 
@@ -160,6 +163,34 @@ def test_dora():
     model = lora(bert(), ["query", "value"], use_dora=True)
     scores = assert_exact(model, [classes()], class_loss)
     assert any("magnitude" in name for name in scores)
+
+
+@pytest.mark.parametrize("segments", [False, True])
+def test_a_use_without_a_gradient_is_waited_for_in_checkpointed_segments_alone(
+    monkeypatch, segments
+):
+    """As DoRA uses its matrices: what is held otherwise would be so to the end of the pass."""
+
+    def forward(m, x):
+        size = torch.linalg.norm(m.first(torch.eye(I, dtype=x.dtype))).detach()
+        return m.last(m.first(x) / size)
+
+    def checkpointed(m, x):
+        return checkpoint(forward, m, x.requires_grad_(), use_reentrant=True)
+
+    held, end = [], FisherAccumulator.end_backward
+
+    def noted(accumulator):
+        held.append("first.weight" in accumulator.uses)
+        end(accumulator)
+
+    monkeypatch.setattr(FisherAccumulator, "end_backward", noted)
+    model, batch = Model(checkpointed if segments else forward, **hidden()), tokens()
+    scores = estimate_fisher(model, [batch], loss_fn=squared_error, verify=0, progress=False)
+    assert held == [segments]
+    model.compute = forward
+    truth = fisher_oracle(model, [batch], lambda *a: squared_error(*a).sum(), list(scores))
+    assert_scores_match(scores, truth)
 
 
 # Calls that the rule does not describe.
