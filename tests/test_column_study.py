@@ -14,7 +14,7 @@ from benchmarks.column_study import __main__ as study
 from benchmarks.column_study import data
 from benchmarks.column_study.arms import ARMS, RULES, UNRESTRICTED, Arm, captured, expected_work
 from benchmarks.column_study.runs import correlation
-from benchmarks.column_study.table import table
+from benchmarks.column_study.table import read, table
 from benchmarks.machine import ROOT
 from benchmarks.mask_shares import shares
 
@@ -97,6 +97,10 @@ def test_every_arm_has_a_row_for_each_rate_and_none_is_done_twice(prepared, tmp_
         if arm.share is not None:
             assert float(row["columns"]) <= arm.share + 0.05  # rounded up in each matrix
             assert row["trained"] == rows[0]["trained"]
+    trained = {row["arm"]: int(row["trained"]) for row in rows}  # two layers, of width 32 and 64
+    assert trained["LoRA r=8"] == 2 * 2 * 8 * (32 + 32)
+    assert trained["head only"] == 0
+    assert trained["every weight"] == 2 * (4 * 32 * 33 + 2 * 32 * 64 + 64 + 32 + 4 * 32)
     assert run(prepared, output, "--seeds", "1") == 0
     assert rows_of(output) == rows
     assert "0 runs, " in capsys.readouterr().out
@@ -228,3 +232,8 @@ def test_the_table_by_hand():
         "| best 10 % | 100 | 10 % | 10 % | 10 % | 81.0 ± 2.8 | +0.0 ± 1.0 | 2 |",
         "| LoRA r=8 | 100 |  |  |  | 90.0 | +10.0 | 1 |",
     ]
+
+
+def test_the_documented_table_is_that_of_the_committed_rows():
+    documented = (ROOT / "docs" / "train-only.md").read_text(encoding="utf-8")
+    assert table(read(study.OUTPUT)) in documented

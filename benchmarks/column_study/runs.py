@@ -96,9 +96,7 @@ def finetune(run: Run, settings: Settings) -> Row:
         "share": arm.share,
         "rule": arm.rule,
         "density": arm.density,
-        "trained": sum(p.numel() for group in optimizer.param_groups for p in group["params"])
-        if mask is None
-        else mask.num_selected,
+        "trained": count_beside_head(model) if mask is None else mask.num_selected,
         "dev": evaluate(model, task.dev, task.name),
         "held_out": evaluate(model, task.held_out, task.name),
         "columns": None if mask is None else round(shares(used, mask.shapes).columns, 4),
@@ -225,6 +223,12 @@ def correlation(a: Tensor, b: Tensor) -> float:
     a, b = a.double() - a.double().mean(), b.double() - b.double().mean()
     norm = (a.norm() * b.norm()).item()
     return round((a @ b).item() / norm, 5) if norm else 0.0
+
+
+def count_beside_head(model: nn.Module) -> int:
+    """How many numbers require a gradient and are not the head's, as of a mask."""
+    head = _head(model)
+    return sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and n not in head)
 
 
 def _groups(model: nn.Module, head: list[str], lr: float, head_rate: float) -> list[dict[str, Any]]:
