@@ -10,6 +10,7 @@ from fishkern.backends import reference
 from tests.support.tolerances import assert_matches
 
 adamw = pytest.importorskip("fishkern.backends.triton.adamw")
+adamw_tables = pytest.importorskip("fishkern.backends.triton.adamw_tables")
 launch = pytest.importorskip("fishkern.backends.triton.launch")
 
 reason = _dispatch.available()["triton"]
@@ -121,8 +122,8 @@ def test_masked_adamw_mixed_kinds_take_one_launch_each():
 
 
 def test_masked_adamw_long_tensors_take_several_blocks(monkeypatch):
-    monkeypatch.setattr(adamw, "PROGRAMS_PER_MULTIPROCESSOR", 1)
-    monkeypatch.setattr(adamw, "num_multiprocessors", lambda device: 2)
+    monkeypatch.setattr(adamw_tables, "PROGRAMS_PER_MULTIPROCESSOR", 1)
+    monkeypatch.setattr(adamw_tables, "num_multiprocessors", lambda device: 2)
     lists = adamw_lists(
         [(15000,), (10,)], *KINDS["plain"][:3], selected=False, masters=False, amsgrad=False
     )
@@ -134,16 +135,6 @@ def test_masked_adamw_long_tensors_take_several_blocks(monkeypatch):
     reference.masked_adamw_(**truth, **options)
     for actual, expected in zip(lists["params"], truth["params"], strict=True):
         assert_matches(actual, expected)
-
-
-def test_masked_adamw_tables_share_entries_out(monkeypatch):
-    monkeypatch.setattr(adamw, "PROGRAMS_PER_MULTIPROCESSOR", 1)
-    monkeypatch.setattr(adamw, "num_multiprocessors", lambda device: 2)
-    rows = ((*range(1, 8), 5000, 0), (*range(11, 18), 10, 1))
-    tables = adamw._build_tables(torch.device("cpu"), rows)
-    assert tables.entries_per_program == 2048
-    assert tables.programs.tolist() == [[0, 0, 0, 1], [0, 1, 2, 0]]
-    assert tables.table.T.tolist() == [list(row) for row in rows]
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 0.9, 0.999, 0.99999])

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -17,7 +15,27 @@ import triton.language as tl
 from torch import Tensor
 
 from fishkern.backends.packed import by_lists
-from fishkern.backends.triton.launch import Launch, num_multiprocessors, run
+from fishkern.backends.triton.adamw_tables import (
+    BLOCK,
+    COUNT,
+    EXP_AVG,
+    EXP_AVG_SCALE,
+    EXP_AVG_SQ,
+    EXP_AVG_SQ_SCALE,
+    GRAD,
+    INDEX,
+    MASTER,
+    MAX_EXP_AVG_SQ,
+    PARAM,
+    PLACE,
+    Operands,
+    Tables,
+    describe,
+    describe_packed,
+    tables_of,
+    tables_of_packed,
+)
+from fishkern.backends.triton.launch import Launch, run
 from fishkern.backends.triton.moments import load_moment, noise, store_moment
 
 FLOAT_DTYPES = {
@@ -27,15 +45,6 @@ FLOAT_DTYPES = {
 }
 MOMENT_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.uint8: tl.uint8}
 INDEX_DTYPES = {torch.int32: tl.int32, torch.int64: tl.int64}
-BLOCK = 1024  # entries that a program updates at a time
-PROGRAMS_PER_MULTIPROCESSOR = 32
-
-# The table's rows: addresses, the number of selected entries, the tensor's place in the lists;
-# and where the moments are bytes, the addresses of their scales.
-PARAM, GRAD, INDEX = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-EXP_AVG, EXP_AVG_SQ, MAX_EXP_AVG_SQ = tl.constexpr(3), tl.constexpr(4), tl.constexpr(5)
-MASTER, COUNT, PLACE = tl.constexpr(6), tl.constexpr(7), tl.constexpr(8)
-EXP_AVG_SCALE, EXP_AVG_SQ_SCALE = tl.constexpr(9), tl.constexpr(10)
 
 
 @triton.jit
@@ -179,19 +188,6 @@ def _masked_adamw_kernel(
         tl.store(param_ptr + where, _round_to(p, PARAM_DTYPE), mask=inside)
 
 
-class Kind(NamedTuple):
-    """What the tensors of one launch have in common."""
-
-    device: torch.device
-    param_dtype: torch.dtype
-    grad_dtype: torch.dtype
-    moment_dtype: torch.dtype
-    index_dtype: torch.dtype
-    whole: bool  # every entry is selected, and there are no indices
-    grad_selected: bool  # the gradient holds the selected entries only
-    has_master: bool
-
-
 def masked_adamw_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -249,47 +245,44 @@ def step_all(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
 ) -> None:
-    """Sort the checked tensors by kind, and launch the kernel for each."""
-    flat = [param.contiguous() for param in params]
-    grads = [grad.contiguous() for grad in grads]
-    indices = [index.contiguous() for index in indices]
+    """Launch the kernel for the checked tensors of each kind."""
+    flat, grads, indices = (_contiguous(tensors) for tensors in (params, grads, indices))
+    lists = (flat, grads, indices, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, masters)
+    operands = Operands(*map(describe, (*lists, exp_avg_scales, exp_avg_sq_scales)))
+    launch_all(
+        tables_of(_device_of(params), operands), len(max_exp_avg_sqs) > 0,
+        steps, lr, beta1, beta2, eps, weight_decay, maximize, grad_scale, found_inf,
+    )  # fmt: skip
+    for param, copy in zip(params, flat, strict=True):
+        if copy is not param:
+            param.detach().copy_(copy)
 
+
+def launch_all(
+    found: Sequence[Tables],
+    amsgrad: bool,
+    steps: Tensor,
+    lr: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    """One launch for each table."""
     # One small copy where all is on the host; where it is not, nothing waits for the device.
     home = steps.device if steps.device.type != "cpu" else lr.device
     scalars = torch.cat([t.to(home, torch.float32).view(-1) for t in (lr, steps)])
-    has_masters, amsgrad = len(masters) > 0, len(max_exp_avg_sqs) > 0
-    rows: dict[tuple[Any, ...], list[tuple[int, ...]]] = {}
-    for i, (param, grad, index, m, v) in enumerate(
-        zip(flat, grads, indices, exp_avgs, exp_avg_sqs, strict=True)
-    ):
-        count, whole = m.numel(), index.numel() == 0
-        if count == 0:
-            continue
-        kind = (
-            param.device,
-            param.dtype,
-            grad.dtype,
-            m.dtype,
-            torch.int64 if whole else index.dtype,
-            whole,
-            whole or grad.numel() == count,
-            has_masters and masters[i].numel() > 0,
-        )
-        addresses = [t.data_ptr() for t in (param, grad, index, m, v)]
-        addresses.append(max_exp_avg_sqs[i].data_ptr() if amsgrad else 0)
-        addresses.append(masters[i].data_ptr() if has_masters else 0)
-        scales = [t[i].data_ptr() for t in (exp_avg_scales, exp_avg_sq_scales) if t]
-        rows.setdefault(kind, []).append((*addresses, count, i, *scales))
-
-    for fields, kind_rows in rows.items():
-        kind = Kind(*fields)
-        tables = _tables(kind.device, tuple(kind_rows))
+    for tables in found:
+        kind, device = tables.kind, tables.table.device
         args = {
             "table_ptr": tables.table,
             "programs_ptr": tables.programs,
-            "scalars_ptr": scalars.to(kind.device, non_blocking=True),
-            "grad_scale_ptr": None if grad_scale is None else grad_scale.to(kind.device),
-            "found_inf_ptr": None if found_inf is None else found_inf.to(kind.device),
+            "scalars_ptr": scalars.to(device, non_blocking=True),
+            "grad_scale_ptr": None if grad_scale is None else grad_scale.to(device),
+            "found_inf_ptr": None if found_inf is None else found_inf.to(device),
             "num_tensors": tables.table.shape[1],
             "num_programs": tables.programs.shape[1],
             "entries_per_program": tables.entries_per_program,
@@ -312,60 +305,65 @@ def step_all(
             "MAXIMIZE": maximize,
             "BLOCK": BLOCK,
         }
-        run(Launch(_masked_adamw_kernel, (tables.programs.shape[1],), args, 8, 1), kind.device)
-
-    for param, copy in zip(params, flat, strict=True):
-        if copy is not param:
-            param.detach().copy_(copy)
+        run(Launch(_masked_adamw_kernel, (tables.programs.shape[1],), args, 8, 1), device)
 
 
-class Tables(NamedTuple):
-    """What a launch reads to find its tensors, on the device."""
-
-    table: Tensor  # int64 [9 or 11, num_tensors]
-    programs: Tensor  # int64 [2, num_programs]: tensor, and which range of its entries
-    entries_per_program: int
-    host: Tensor  # the copy's source, which must live as long as the copy may run
+_by_lists = by_lists(masked_adamw_)
 
 
-_captured: list[Tables] = []  # a CUDA graph copies and reads its tables at each replay
+def masked_adamw_packed_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    offsets: Tensor,
+    indices: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    max_exp_avg_sq: Tensor | None,
+    master: Tensor | None,
+    steps: Tensor,
+    lr: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool = False,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """``masked_adamw_`` on packed state, without a view for each parameter."""
+    state = (indices, exp_avg, exp_avg_sq, max_exp_avg_sq, master)
+    options = (lr, beta1, beta2, eps, weight_decay, maximize, grad_scale, found_inf)
+    every = (*params, *grads, *(t for t in state if t is not None))
+    if not all(map(Tensor.is_contiguous, every)):
+        _by_lists(params, grads, offsets, *state, steps, *options)
+        return
+    wide = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    wide |= {} if max_exp_avg_sq is None else {"max_exp_avg_sq": max_exp_avg_sq}
+    wide |= {} if master is None else {"master": master}
+    check(params, grads, {name: [tensor] for name, tensor in wide.items()}, {})
+    tables = tables_of_packed(
+        _device_of(params), describe(params), describe(grads), tuple(offsets.diff().tolist()),
+        *map(describe_packed, state),
+    )  # fmt: skip
+    raised = steps + (1 if found_inf is None else (found_inf == 0).to(steps))
+    launch_all(tables, max_exp_avg_sq is not None, raised, *options)
+    steps.copy_(raised)
 
 
-def _tables(device: torch.device, rows: tuple[tuple[int, ...], ...]) -> Tables:
-    """The tables for these rows, kept from call to call: they depend on nothing else."""
-    if device.type != "cuda":
-        return _build_tables(device, rows)
-    if torch.cuda.is_current_stream_capturing():
-        _captured.append(_build_tables(device, rows))
-        return _captured[-1]
-    # Only on the stream that filled them may tables be read without waiting.
-    return _kept_tables(device, torch.cuda.current_stream(device).cuda_stream, rows)
+def _contiguous(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    if all(map(Tensor.is_contiguous, tensors)):
+        return tensors
+    return [tensor.contiguous() for tensor in tensors]
 
 
-@lru_cache(maxsize=32)
-def _kept_tables(device: torch.device, stream: int, rows: tuple[tuple[int, ...], ...]) -> Tables:
-    return _build_tables(device, rows)
-
-
-def _build_tables(device: torch.device, rows: tuple[tuple[int, ...], ...]) -> Tables:
-    """Share the rows' entries out among programs, and copy both tables to the device at once."""
-    table = torch.tensor(rows, dtype=torch.int64, device="cpu").T
-    counts = table[COUNT.value]
-    # Enough programs to fill the device; beyond that, longer ones rather than longer tables.
-    wanted = PROGRAMS_PER_MULTIPROCESSOR * num_multiprocessors(device)
-    entries_per_program = BLOCK * max(1, int(counts.sum()) // (BLOCK * wanted))
-    programs = -(-counts // entries_per_program)
-    before = (programs.cumsum(0) - programs).repeat_interleave(programs)
-    tensor = torch.arange(len(rows), device="cpu").repeat_interleave(programs)
-    ranges = torch.stack([tensor, torch.arange(len(tensor), device="cpu") - before])
-    host = torch.cat([table.reshape(-1), ranges.view(-1)])
-    if device.type == "cuda":
-        host = host.pin_memory()
-    packed = host.to(device, non_blocking=True)
-    split = table.numel()
-    return Tables(
-        packed[:split].view(table.shape), packed[split:].view(2, -1), entries_per_program, host
-    )
+def _device_of(params: Sequence[Tensor]) -> torch.device:
+    """The one device of all parameters, by whose addresses a launch finds them."""
+    devices = {param.device for param in params}
+    if len(devices) > 1:
+        raise ValueError(
+            f"params are on {' and '.join(sorted(map(str, devices)))}: call the op for each device"
+        )
+    return params[0].device
 
 
 def check(
@@ -391,6 +389,3 @@ def check(
     for name, tensors in (wide | narrow).items():
         if not all(map(Tensor.is_contiguous, tensors)):
             raise ValueError(f"{name} has a tensor that is not contiguous: pass contiguous ones")
-
-
-masked_adamw_packed_ = by_lists(masked_adamw_)
