@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import nn
 
@@ -51,3 +52,27 @@ def check_mask(params: Mapping[str, nn.Parameter], mask: SparseMask) -> None:
             raise ValueError(
                 f"{name!r} is sharded (DTensor): train_only takes whole tensors; train with DDP"
             )
+
+
+def check_unshared(
+    params: Mapping[str, nn.Parameter], mask: SparseMask, others: Iterable[Any]
+) -> None:
+    """Refuse entries of a weight that another attached model has, too: one step would undo another.
+
+    Args:
+        params: The model's.
+        mask: What is to be trained of them.
+        others: The handles of the other attached models.
+
+    Raises:
+        RuntimeError: Names the weight.
+    """
+    for handle in others:
+        theirs = handle.ids()
+        for name, param in params.items():
+            whole = theirs.get(id(param))
+            if whole or (whole is not None and len(mask.get(name, ()))):
+                raise RuntimeError(
+                    f"{name!r} is also in another model that train_only is attached to: attach to "
+                    f"one model that has all that is shared, or call remove() on the other's handle"
+                )

@@ -43,6 +43,11 @@ def follow(handle: Followed) -> None:
     _uncompared.add(handle)
 
 
+def followed() -> set[Any]:
+    """The handles of all attached models."""
+    return set(_followed)
+
+
 def forget(handle: Followed) -> None:
     """Nothing is done any more after steps."""
     _followed.discard(handle)

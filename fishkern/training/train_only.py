@@ -13,11 +13,11 @@ from fishkern.interception import exchange_class, original_class, rule_for
 from fishkern.names import named_parameters
 from fishkern.selection.masks import SparseMask
 from fishkern.training.alias import ATTACHMENT, is_traced, owner_members
-from fishkern.training.checks import check_mask, has_compiled_parts
+from fishkern.training.checks import check_mask, check_unshared, has_compiled_parts
 from fishkern.training.leaves import CHILD, SHARDED, Leaves, gather, is_sharded, wide_dtype
 from fishkern.training.remasking import carry_over
 from fishkern.training.report import report
-from fishkern.training.steps import follow, forget
+from fishkern.training.steps import follow, followed, forget
 from fishkern.training.watch import Watch
 
 __all__ = ["Handle", "attached", "train_only"]
@@ -44,7 +44,7 @@ def train_only(model: nn.Module, mask: SparseMask, *, unlisted: str = "error") -
 
     Raises:
         ValueError: The mask does not fit the model, or the model is a wrapper.
-        RuntimeError: The model, or a part of it, is attached already.
+        RuntimeError: The model, a part of it, or a model that shares a weight is attached already.
 
     Example:
         >>> import torch, fishkern
@@ -61,6 +61,7 @@ def train_only(model: nn.Module, mask: SparseMask, *, unlisted: str = "error") -
     _check_model(model)
     params = named_parameters(model)
     check_mask(params, mask)
+    check_unshared(params, mask, followed())
     strangers = [n for n, p in params.items() if p.requires_grad and n not in mask]
     if unlisted not in ("error", "train", "freeze"):
         raise ValueError(f'unlisted is {unlisted!r}: choose "error", "train" or "freeze"')
@@ -125,8 +126,7 @@ class Handle:
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The leaves."""
-        for _, param in self.named_parameters():
-            yield param
+        return (leaf for _, leaf in self.named_parameters())
 
     def sync(self) -> None:
         """Bring leaves and weights together (done after every optimizer step)."""
@@ -185,6 +185,7 @@ class Handle:
         self._check_attached()
         params = named_parameters(self._model)
         check_mask({n: p for n, p in params.items() if CHILD not in n.split(".")}, new_mask)
+        check_unshared(params, new_mask, followed() - {self})
         if whole := sorted(self._keep_trainable & {n for n in new_mask if len(new_mask[n])}):
             raise ValueError(
                 f'{whole[0]!r} is trained whole (unlisted="train"): leave it out of the new mask'
@@ -270,6 +271,10 @@ class Handle:
             if isinstance(child := module._modules.get(CHILD), Leaves)
             and (leaf := child._parameters.get(local)) is not None
         }
+
+    def ids(self) -> dict[int, bool]:
+        """The ids of all weights, and whether each is trained whole."""
+        return {id(m._parameters.get(k)): n in self._keep_trainable for m, k, n in self._dense}
 
     def _weights_and_leaves(self) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
         """The dense weights with leaves, and the leaves that are trained, by the weights' names."""
@@ -367,11 +372,9 @@ class Handle:
 
 def _before_forward(model: nn.Module, args: Any) -> None:
     """Bring both copies of each value together before they are used."""
-    if is_traced():
-        return  # a traced graph holds no such checks; each optimizer step brings them together
     handle: Handle | None = model.__dict__.get(ATTACHMENT)
-    if handle is None:
-        return
+    if handle is None or is_traced():
+        return  # a traced graph holds no such checks; each optimizer step brings them together
     if hasattr(model, "set_requires_gradient_sync"):  # FSDP2 has gathered it for this forward
         raise RuntimeError(SHARDED)
     handle._freeze()

@@ -212,6 +212,34 @@ def test_attaching_twice_and_to_wrappers_is_refused():
         train_only(nn.DataParallel(nn.Sequential(nn.Linear(4, 4))), mask)
 
 
+def test_a_weight_is_trained_by_one_attached_model():
+    shared = nn.Linear(4, 4)
+    first, second = nn.Sequential(shared, nn.Linear(4, 2)), nn.Sequential(shared, nn.Linear(4, 2))
+    heads = SparseMask({"1.weight": torch.tensor([1])}, {"1.weight": (2, 4)})
+    handle = train_only(first, heads, unlisted="freeze")
+    before = [(type(m), sorted(m.__dict__)) for m in second.modules()]
+    for model, name in ((second, "0.weight"), (shared, "weight")):
+        mask = SparseMask({name: torch.tensor([1])}, {name: (4, 4)})
+        with pytest.raises(RuntimeError, match=f"'{name}' is also in another model.*remove"):
+            train_only(model, mask, unlisted="freeze")
+    tied = nn.Linear(4, 4)
+    tied.weight = shared.weight
+    with pytest.raises(RuntimeError, match="'weight' is also in another model"):
+        train_only(tied, mask, unlisted="freeze")
+    assert [(type(m), sorted(m.__dict__)) for m in second.modules()] == before
+    train_only(second, heads, unlisted="freeze")  # what is shared is trained by neither
+    for model in (first, second):
+        model(torch.randn(3, 4)).sum().backward()
+        (leaf,) = attached(model).parameters()
+        assert leaf.grad.abs().sum() > 0
+    attached(second).remove()
+    handle.remove()
+    shared.requires_grad_()
+    train_only(first, heads, unlisted="train")
+    with pytest.raises(RuntimeError, match=r"'0\.weight' is also in another model"):
+        train_only(second, heads, unlisted="freeze")  # it would freeze what the first one trains
+
+
 def test_quantised_weights_are_refused_in_the_mask_and_left_alone_beside_it():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
     quantised = torch.ones(4, 4, dtype=torch.int8)
