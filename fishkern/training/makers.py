@@ -5,9 +5,12 @@ their result has to be kept for a layer that reads it: in the backward pass the 
 selected entries need are made again, of the same columns of what is kept.
 
     gelu, silu    x = f(h)                      h is kept
-    a product     x = a b                       a and b, if both need gradients (a gated MLP)
-    LayerNorm     x = (u - mean) rstd w + b     all of these
     relu, ...     x                             x itself
+    LayerNorm     x = (u - mean) rstd w + b     all of these
+    a product     x = a b                       the factors that the other's gradient needs
+
+Both factors of a gated MLP are kept. One that is not may be made again itself: a frozen RMSNorm's
+``x = w (h r)`` keeps w, h and r, a dropout's ``x = f(h) m`` keeps m and h.
 """
 
 from __future__ import annotations
@@ -43,10 +46,11 @@ def made(x: Tensor) -> Made | None:
     node: Any = x.grad_fn
     if node is None or type(x) is not Tensor or x._version != 0:  # it was written to
         return None
-    reading = _READINGS.get(node.name())
-    if reading is None or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+    if node.name() not in _READINGS:
         return None
-    found = reading(node, x)
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        return None
+    found = _read(node, x.shape[-1])
     if found is None:
         return None
     tensors, columns = found
@@ -62,35 +66,36 @@ def gathered(x: Tensor, columns: Tensor | None) -> Tensor:
     return flat.index_select(1, columns).view(*x.shape[:-1], len(columns))
 
 
-_Reading = tuple[Sequence[Tensor], Callable[..., Tensor]] | None
+_Reading = tuple[Sequence[Tensor], Callable[..., Tensor]]  # as in Made
 
 
-def _gelu(node: Any, x: Tensor) -> _Reading:
+def _read(node: Any, width: int) -> _Reading | None:
+    """How columns of what a node made, ``[*, width]``, can be made again."""
+    reading = None if node is None else _READINGS.get(node.name())
+    if reading is None or tuple(node._input_metadata[0].shape[-1:]) != (width,):
+        return None
+    return reading(node, width)
+
+
+def _gelu(node: Any, width: int) -> _Reading:
     kind = node._saved_approximate
     return [node._saved_self], lambda columns, h: F.gelu(gathered(h, columns), approximate=kind)
 
 
-def _silu(node: Any, x: Tensor) -> _Reading:
+def _silu(node: Any, width: int) -> _Reading:
     return [node._saved_self], lambda columns, h: F.silu(gathered(h, columns))
 
 
-def _result(node: Any, x: Tensor) -> _Reading:
-    return [x], lambda columns, x: gathered(x, columns)
+def _result(node: Any, width: int) -> _Reading:
+    return [node._saved_result], lambda columns, x: gathered(x, columns)
 
 
-def _product(node: Any, x: Tensor) -> _Reading:
-    a, b = node._saved_self, node._saved_other
-    if a is None or b is None or not a.shape[-1:] == b.shape[-1:] == x.shape[-1:]:
-        return None  # a factor's gradient alone is needed, or one is the same for all features
-    return [a, b], lambda columns, a, b: gathered(a, columns) * gathered(b, columns)
-
-
-def _layer_norm(node: Any, x: Tensor) -> _Reading:
+def _layer_norm(node: Any, width: int) -> _Reading | None:
     u, mean, rstd = node._saved_input, node._saved_result1, node._saved_result2
     weight, bias = node._saved_weight, node._saved_bias
     if weight is None or bias is None:
         return None
-    if not u.dtype == mean.dtype == x.dtype == torch.float32:  # narrower ones are kept rounded
+    if not u.dtype == mean.dtype == weight.dtype == torch.float32:  # narrower ones were rounded
         return None
 
     def columns_of(columns: Tensor | None, *tensors: Tensor) -> Tensor:
@@ -102,10 +107,43 @@ def _layer_norm(node: Any, x: Tensor) -> _Reading:
     return [u, mean, rstd, weight, bias], columns_of
 
 
-_READINGS: dict[str, Callable[[Any, Tensor], _Reading]] = {
+def _product(node: Any, width: int) -> _Reading | None:
+    (one, _), (other, _) = node.next_functions
+    left = _factor(node._saved_self, one, width)
+    right = _factor(node._saved_other, other, width)
+    if left is None or right is None:
+        return None
+    (mine, make), (yours, make_other) = left, right
+
+    def columns_of(columns: Tensor | None, *tensors: Tensor) -> Tensor:
+        number = len(tensors) - others
+        return make(columns, *tensors[:number]) * make_other(columns, *tensors[number:])
+
+    others = len(yours)
+    return [*mine, *yours], columns_of
+
+
+def _factor(saved: Tensor | None, maker: Any, width: int) -> _Reading | None:
+    if saved is None:
+        return _read(maker, width)
+    if saved.dim() and saved.shape[-1] == width:
+        return [saved], lambda columns, a: gathered(a, columns)
+    return [saved], lambda columns, a: a  # the same for all features
+
+
+def _cast(node: Any, width: int) -> _Reading | None:
+    found, dtype = _read(node.next_functions[0][0], width), node._input_metadata[0].dtype
+    if found is None:
+        return None
+    tensors, make = found
+    return tensors, lambda columns, *tensors: make(columns, *tensors).to(dtype)
+
+
+_READINGS: dict[str, Callable[[Any, int], _Reading | None]] = {
     "GeluBackward0": _gelu,
     "SiluBackward0": _silu,
     "MulBackward0": _product,
     "NativeLayerNormBackward0": _layer_norm,
+    "ToCopyBackward0": _cast,
     **dict.fromkeys(("ReluBackward0", "TanhBackward0", "SigmoidBackward0"), _result),
 }

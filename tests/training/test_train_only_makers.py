@@ -41,6 +41,13 @@ def gated(model, h):
     return F.silu(gate) * up
 
 
+def rms_norm(model, h):
+    """As in transformers; nothing of the vector is trained."""
+    wide = h.float()
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)
+    return model.matrices[0, 0] * (wide * scale).to(h.dtype)
+
+
 def gelu_by_hand(model, h):
     return 0.5 * h * (1.0 + torch.tanh(0.8 * (h + 0.04 * h**3)))
 
@@ -54,6 +61,9 @@ MAKERS = {
     "tanh": (lambda model, h: torch.tanh(h), 1),
     "sigmoid": (lambda model, h: torch.sigmoid(h), 1),
     "gated": (gated, 2),
+    "a number for each token": (lambda model, h: h * h.sum(-1, keepdim=True), 1),
+    "rms norm": (rms_norm, 1),
+    "silu, and a frozen factor": (lambda model, h: 0.5 * (F.silu(h) * model.matrices[1]), 1),
     "norm": (lambda model, h: model.norm(h), 1),
     "norm of matrices": (lambda model, h: F.layer_norm(h, (T, I), *model.matrices), 1),
 }
@@ -119,6 +129,19 @@ def test_gradients_are_those_of_kept_columns_bit_for_bit(maker, columns):
         assert torch.equal(grad, expected[name])
         exact = truth.get_parameter(name).grad.flatten()[mask[name].long()]
         assert_matches(grad, exact, terms=N * T * O)
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_narrow_gradients_are_those_of_kept_columns_bit_for_bit(maker):
+    torch.manual_seed(0)
+    model, x = Made(*MAKERS[maker]).bfloat16(), torch.randn(N, T, I).bfloat16()
+    twin, mask = copy.deepcopy(model), mask_of(model, 3)
+    train_only(model, mask)
+    train_only(twin, mask)
+    found = gradients_after(model, lambda model: model(x))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        expected = gradients_after(twin, lambda model: model(x))
+    assert all(torch.equal(grad, expected[name]) for name, grad in found.items())
 
 
 @pytest.mark.parametrize("maker", MAKERS)
@@ -201,7 +224,7 @@ NOT_AS_MADE = {
     "other data": (other_data, 1),
     "one factor": (lambda model, h: h * torch.arange(1.0, I + 1), 1),
     "a number": (lambda model, h: h * 2.0, 1),
-    "a number for each token": (lambda model, h: h * h.sum(-1, keepdim=True), 1),
+    "as many for each token": (lambda model, h: F.gelu(h[..., :1]) * torch.ones(I), 1),
     "a view": (lambda model, h: F.gelu(h).mT.reshape(N, T, I), 1),
     "norm without a scale": (lambda model, h: F.layer_norm(h, (I,)), 1),
 }
