@@ -14,6 +14,7 @@ PATIENCE = 10.0  # seconds without a row, before it is asked whether all process
 
 def perform_shared(runs: Sequence[Run], settings: Settings, jobs: int) -> Iterator[Row]:
     """The rows of all runs, done by so many processes that take them one by one."""
+    jobs = min(jobs, len(runs))
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     waiting, found = context.Queue(), context.Queue()
     waiting.cancel_join_thread()  # what nobody took before the deadline
