@@ -16,7 +16,7 @@ ROUTES = ("tiles", "columns", "rows")
 # What a CPU takes to gather a number, and to read it, in multiply-adds of a large float32 product.
 _GATHERING, _READING = 100, 8
 # A larger share of a layer's input than this is kept as it is: a copy would save too little.
-_MOST = 0.75
+MOST_KEPT = 0.75
 
 
 def restrict_columns(indices: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -209,7 +209,7 @@ def plan_restricted(
     used, restricted = (restrict_rows, restrict_columns)[input_dim](indices, shape)
     kept: Tensor | None = used
     gathering, left = 0, list(shape)
-    if len(used) > _MOST * shape[input_dim]:
+    if len(used) > MOST_KEPT * shape[input_dim]:
         kept, restricted = None, indices
     else:
         left[input_dim] = len(used)

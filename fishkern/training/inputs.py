@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdRef
 
+from fishkern.functional.selected_grad import MOST_KEPT
 from fishkern.interception import Rule, Selection, Site
 from fishkern.training.makers import Made, gathered, made
 
@@ -77,17 +78,17 @@ class Reader:
         self._remade = source is not None
         if source is not None:
             return Kept(source.tensors, Way(None, dtype, source.columns))
-        if _is_checkpointed() or x.is_inference():  # whose changes are not counted
+        if _is_kept_elsewhere() or x.is_inference():  # whose changes are not counted
             return _kept(x, self._own, dtype)
         found = _found.get(id(x))
-        if found is not None and found.x() is x and found.version == x._version:
+        if found is not None and found.shows(x):
             values = found.values()
             if found.reader._company is not self._company:
-                found.reader._join(self)
+                found.reader._join(self, x.shape[-1])
             elif found.columns is self.columns and values is not None and values.dtype == dtype:
                 return Kept([values], Way(found.columns, dtype))
         kept = _kept(x, self.columns, dtype)
-        if kept.way.columns is not None:
+        if kept.tensors[0] is not x:
             _remember(x, kept, self)
         return kept
 
@@ -107,10 +108,13 @@ class Reader:
             self._as_made[kind] = _equal(columns, gathered(x, self._own))
         return source if self._as_made[kind] else None
 
-    def _join(self, other: Reader) -> None:
-        """Keep the same columns as another reader from now on."""
+    def _join(self, other: Reader, width: int) -> None:
+        """Keep the same columns as another reader of an input ``[*, width]`` from now on."""
         readers = [*self._company.readers, *other._company.readers]
-        company = _Company(readers, _union((self.columns, other.columns)))
+        columns = _union((self.columns, other.columns))
+        if columns is not None and len(columns) > MOST_KEPT * width:
+            columns = None  # the input itself, of which there is no copy
+        company = _Company(readers, columns)
         for reader in readers:
             reader._company = company
 
@@ -152,9 +156,14 @@ class Kept(NamedTuple):
 class _Found(NamedTuple):
     x: weakref.ref[Tensor]
     version: int  # the input's: it may be changed in place between two readers
+    stream: object  # another one might read values that are not there yet, or not any more
     values: weakref.ref[Tensor]
-    columns: Tensor
+    columns: Tensor | None
     reader: Reader
+
+    def shows(self, x: Tensor) -> bool:
+        """Whether this was found of x as it is now, and may be read here."""
+        return self.x() is x and self.version == x._version and self.stream == _stream(x)
 
 
 def _remember(x: Tensor, kept: Kept, reader: Reader) -> None:
@@ -163,11 +172,15 @@ def _remember(x: Tensor, kept: Kept, reader: Reader) -> None:
     An input that lives on may be filled anew where no version counts it: by numpy, through
     ``.data``, by a fused optimizer, or for a CUDA graph's replay.
     """
-    columns = kept.way.columns
-    assert columns is not None
     key = id(x)
     values = WeakIdRef(kept.tensors[0], lambda _: _found.pop(key, None))
-    _found[key] = _Found(weakref.ref(x), x._version, values, columns, reader)
+    columns = kept.way.columns
+    _found[key] = _Found(weakref.ref(x), x._version, _stream(x), values, columns, reader)
+
+
+def _stream(x: Tensor) -> object:
+    """Where what is done with x now is queued."""
+    return torch.cuda.current_stream(x.device) if x.is_cuda else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,13 +223,14 @@ class TrainingCall:
         return grads
 
 
-def _is_checkpointed() -> bool:
-    """Whether this forward will be computed again, and has to keep the same then.
+def _is_kept_elsewhere() -> bool:
+    """Whether what is saved here lives on in another form alone: nothing is there to be shared.
 
-    It keeps nothing for long, so there is nothing to be shared.
+    ``save_on_cpu`` copies it. A checkpoint computes it again, and has to save the same then.
     """
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
+    where = ("torch.utils.checkpoint", "torch.autograd.graph")
+    return hooks is not None and hooks[0].__module__ in where
 
 
 def _kept(x: Tensor, columns: Tensor | None, dtype: torch.dtype) -> Kept:

@@ -15,6 +15,7 @@ Both factors of a gated MLP are kept. One that is not may be made again itself: 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -50,7 +51,10 @@ def made(x: Tensor) -> Made | None:
         return None
     if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
         return None
-    found = _read(node, x.shape[-1])
+    try:
+        found = _read(node, x.shape[-1])
+    except RuntimeError:  # freed, or written to, which the maker's backward alone would mind
+        return None
     if found is None:
         return None
     tensors, columns = found
@@ -74,7 +78,18 @@ def _read(node: Any, width: int) -> _Reading | None:
     reading = None if node is None else _READINGS.get(node.name())
     if reading is None or tuple(node._input_metadata[0].shape[-1:]) != (width,):
         return None
-    return reading(node, width)
+    return None if _is_packed(node) else reading(node, width)
+
+
+def _is_packed(node: Any) -> bool:
+    """Whether what a node keeps is there in another form alone: in a checkpoint, or offloaded."""
+    kind: Any = type(node)
+    return any(getattr(node, name).unpack_hook is not None for name in _kept_names(kind))
+
+
+@functools.cache
+def _kept_names(kind: type) -> list[str]:
+    return [name for name in dir(kind) if name.startswith("_raw_saved_")]
 
 
 def _gelu(node: Any, width: int) -> _Reading:
