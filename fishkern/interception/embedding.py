@@ -68,7 +68,7 @@ class EmbeddingRule(Rule):
         counts = in_order[place] == token
         if embedding.padding_idx is not None:
             counts &= token != embedding.padding_idx
-        selected = sums.view(-1)[place * width + selection.indices % width]
+        selected = sums.reshape(-1)[place * width + selection.indices % width]
         return torch.where(counts, selected, 0.0)
 
     def sample_grads(self, module: nn.Module, x: Tensor, grad_out: Tensor) -> dict[str, Tensor]:

@@ -88,7 +88,8 @@ def matrix_grad(selection: Selection, x: Tensor, grad_out: Tensor) -> Tensor:
     assert isinstance(matrix, Matrix)
     positions = matrix.positions(selection.indices)
     rows, columns = matrix.rows, matrix.columns
-    if torch.float64 in (x.dtype, grad_out.dtype):  # which no kernel has
+    # No kernel has float64, or vmap's tensors, as under is_grads_batched=True.
+    if torch.float64 in (x.dtype, grad_out.dtype) or _is_batched(x) or _is_batched(grad_out):
         g = grad_out if rows is None else grad_out[..., rows]
         x = x if columns is None else x[..., columns]
         dense = g.reshape(-1, g.shape[-1]).T @ x.reshape(-1, x.shape[-1]).to(g.dtype)
@@ -96,3 +97,9 @@ def matrix_grad(selection: Selection, x: Tensor, grad_out: Tensor) -> Tensor:
     selected = grad_out.new_zeros(len(positions), dtype=torch.float32)
     _ops.linear_selected_grad_(selected, x, grad_out, positions, rows=rows, columns=columns)
     return selected
+
+
+def _is_batched(tensor: Tensor) -> bool:
+    """Whether it stands for several tensors under a vmap, also that of ``torch.autograd.grad``."""
+    functorch = torch._C._functorch
+    return functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.autograd import forward_ad
+from transformers.pytorch_utils import Conv1D
 
 from fishkern import FishSparseAdamW, attached, train_only
 from tests.support.tolerances import assert_matches
@@ -15,10 +16,14 @@ from tests.training.test_train_only_inputs import I, N, O, Readers, T, column_ma
 TERMS = N * T * O
 
 
-def pair():
+def layers():
+    return nn.Sequential(Readers(), nn.LayerNorm(O), nn.Linear(O, 4))
+
+
+def pair(make=layers):
     """An attached model, and the same one with dense gradients in float64."""
     torch.manual_seed(0)
-    model = nn.Sequential(Readers(), nn.LayerNorm(O), nn.Linear(O, 4))
+    model = make()
     truth, mask = copy.deepcopy(model).double(), column_mask(model)
     train_only(model, mask)
     return model, truth, mask
@@ -88,6 +93,41 @@ def test_gradients_of_some_leaves_or_of_the_input_alone():
         (grad,) = torch.autograd.grad(loss, [x])
         assert_matches(grad, exact.grad, terms=TERMS)
         assert all(leaf.grad is None for leaf in leaves.values())
+
+
+class Transposed(nn.Module):
+    """An embedding, and a linear layer that is transposed."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.linear = nn.Embedding(20, I), Conv1D(4, I)
+
+    def forward(self, x):
+        return self.linear(self.embedding(x.abs().sum(-1).long() % 20))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("way", ["is_grads_batched", "vmap"])
+def test_several_gradients_at_once(way, transposed):
+    model, truth, mask = pair(Transposed) if transposed else pair()
+    x, grads = torch.randn(N, T, I), torch.randn(2, N, T, 4)
+    leaves = dict(attached(model).named_parameters())
+    for _ in range(2):
+        out = model(x)
+
+        def take(grad, out=out, **kwargs):
+            return torch.autograd.grad(
+                out, list(leaves.values()), grad, retain_graph=True, **kwargs
+            )
+
+        if way == "vmap":
+            found = torch.func.vmap(take)(grads)
+        else:
+            found = take(grads, is_grads_batched=True)
+        for i, grad in enumerate(grads):
+            truth.zero_grad()
+            truth(x.double()).backward(grad.double())
+            assert_dense(by_weight(leaves, [g[i] for g in found]), truth, mask)
 
 
 def test_hooks_of_leaves_see_and_change_the_selected_gradient_once():
