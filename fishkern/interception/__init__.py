@@ -11,6 +11,7 @@ Who consumes all that - Fisher accumulation, the selected gradient - is not know
 
 from fishkern.interception import conv, embedding, linear, norm  # register their rules
 from fishkern.interception.capture import (
+    ATTACHMENT,
     Site,
     exchange_class,
     intercepted,
@@ -29,6 +30,7 @@ from fishkern.interception.rules import (
 )
 
 __all__ = [
+    "ATTACHMENT",
     "Rule",
     "Selection",
     "Site",

@@ -24,6 +24,9 @@ from fishkern.interception.rules import Rule, original_class
 #: ``run_intercepted`` was given, in order.
 Consumer = Callable[["Site", Any, Tensor], Sequence[Tensor | None]]
 
+#: Where the modules of a model hold what is attached to them: see ``original_parameters``.
+ATTACHMENT = "_fishkern_attachment"
+
 
 @dataclass(frozen=True, eq=False)
 class Site:
@@ -65,7 +68,7 @@ class _Intercepted(torch.autograd.Function):
         y: Tensor = original_class(site.module).forward(site.module, x)
         # Autograd forbids changing a view in place where a custom function made it. The base of
         # this one is a temporary that nobody else sees (F.linear flattens [N, T] for its product).
-        return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
+        return torch.ops.aten._unsafe_view.default(y, y.shape) if y._is_view() else y
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None) -> tuple[Any, ...]:
@@ -203,7 +206,7 @@ def original_parameters(model: nn.Module) -> Iterator[None]:
     suspend = {
         id(attachment): attachment
         for module in model.modules()
-        if (attachment := module.__dict__.get("_fishkern_attachment")) is not None
+        if (attachment := module.__dict__.get(ATTACHMENT)) is not None
     }
     with ExitStack() as stack:
         for attachment in suspend.values():

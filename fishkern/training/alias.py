@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 
 from fishkern.interception import (
+    ATTACHMENT,
     Rule,
     Site,
     original_class,
@@ -26,8 +27,6 @@ from fishkern.interception import (
 )
 from fishkern.training.inputs import Reader, TrainingCall
 from fishkern.training.leaves import CHILD, INDICES
-
-ATTACHMENT = "_fishkern_attachment"  # where the model, and each part with leaves, has its handle
 
 
 class Alias(torch.autograd.Function):

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from fishkern.interception import exchange_class, original_class, rule_for
+from fishkern.interception import ATTACHMENT, exchange_class, original_class, rule_for
 from fishkern.names import named_parameters
 from fishkern.selection.masks import SparseMask
-from fishkern.training.alias import ATTACHMENT, is_traced, owner_members
+from fishkern.training.alias import is_traced, owner_members
 from fishkern.training.checks import check_mask, check_unshared, has_compiled_parts
 from fishkern.training.leaves import CHILD, SHARDED, Leaves, gather, is_sharded, wide_dtype
 from fishkern.training.remasking import carry_over
