@@ -68,10 +68,13 @@ METHODS = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("with_base", [False, True])
 @pytest.mark.parametrize("name", METHODS)
-def test_gradients_of_every_method_are_the_dense_ones(name):
+def test_gradients_of_every_method_are_the_dense_ones(name, with_base):
     torch.manual_seed(1)
     model = METHODS[name]().eval()
+    if with_base:
+        model.requires_grad_()
     batch, mask = PROBLEM.batch(), random_mask(model)
     truth = dense_gradients(model, PROBLEM, batch, torch.float64)
     train_only(model, mask)
