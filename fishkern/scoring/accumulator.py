@@ -293,7 +293,7 @@ class FisherAccumulator:
             self.complete.add(name)
             if name in self.in_segments and self.num_calls[name] > self.num_uses[name]:
                 return  # another segment may bring the rest: wait until the backward returns
-            if name in self.ready:
+            if name in self.ready or name in self.head_rows:
                 self._accumulate([name])
                 return
             # A layer's weight and bias are accumulated in one pass over x and grad_out.
