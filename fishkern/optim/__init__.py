@@ -1,10 +1,10 @@
 """FishSparseAdamW, file by file.
 
 ``optimizer`` is the class, ``arguments`` what it is given; ``roles`` says what is trained of each
-parameter; ``launch`` gathers gradients and states for one call of the op, which ``calls`` makes;
+parameter; ``plans`` gathers gradients and states for one call of the op, which ``calls`` makes;
 ``checkpoint`` is ``state_dict`` and back, with the leaves' values in ``masters``; ``remasking`` is
 another mask in mid-training, ``cohorts`` the step counts that it makes; ``quantized``
-moments in fewer bits; ``numerics`` looks at what steps wrote.
+moments in fewer bits; ``scaler`` heeds a GradScaler; ``numerics`` looks at what steps wrote.
 """
 
 from fishkern.optim.numerics import LostUpdateWarning

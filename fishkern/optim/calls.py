@@ -10,23 +10,23 @@ from torch import Tensor
 
 from fishkern import _ops
 from fishkern.optim.cohorts import Sorting
-from fishkern.optim.launch import Batch, Launch, Packed
+from fishkern.optim.plans import Batch, Call, Packed
 from fishkern.optim.quantized import SCALES
 from fishkern.training.leaves import is_sharded
 
 
 def run(
-    launch: Launch, group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None
+    call: Call, group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None
 ) -> None:
     """Call the op, which or around which the step counts are raised.
 
     Args:
-        launch: What ``gather`` collected.
+        call: What ``make_call`` collected.
         group: The options.
         grad_scale: Gradients are divided by it first.
         found_inf: Where not zero, nothing changes; None if that has been decided before.
     """
-    batch = launch.batch
+    batch = call.batch
     beta1, beta2 = group["betas"]
     options = (
         _lr(batch, group["lr"], group["capturable"]),
@@ -39,70 +39,70 @@ def run(
         None if found_inf is None else found_inf.to(batch.device),
     )
     if batch.sorting is not None:
-        _run_sorted(launch, batch.sorting, group["amsgrad"], options)
-    elif launch.some is None and batch.layout is not None:
-        _run_packed(launch, group["amsgrad"], options)
+        _run_sorted(call, batch.sorting, group["amsgrad"], options)
+    elif call.some is None and batch.layout is not None:
+        _run_packed(call, group["amsgrad"], options)
     else:
-        _run_lists(launch, group["amsgrad"], options)
+        _run_lists(call, group["amsgrad"], options)
     # The op is called below autograd, which has to learn that saved weights have changed.
-    torch.autograd.graph.increment_version(_chosen(launch, batch.targets))
+    torch.autograd.graph.increment_version(_chosen(call, batch.targets))
     if batch.settled is not None:
-        masters = _chosen(launch, batch.masters)
-        if launch.some is None:
+        masters = _chosen(call, batch.masters)
+        if call.some is None:
             torch.cat(masters, out=batch.settled.tensor)
         else:
-            torch._foreach_copy_(_chosen(launch, batch.settled.views), masters)
+            torch._foreach_copy_(_chosen(call, batch.settled.views), masters)
         torch.autograd.graph.increment_version(masters)
 
 
-def _run_packed(launch: Launch, amsgrad: bool, options: tuple[Any, ...]) -> None:
-    batch, steps = launch.batch, _packed(launch, "step")
-    exp_avg, exp_avg_sq = _packed(launch, "exp_avg"), _packed(launch, "exp_avg_sq")
+def _run_packed(call: Call, amsgrad: bool, options: tuple[Any, ...]) -> None:
+    batch, steps = call.batch, _packed(call, "step")
+    exp_avg, exp_avg_sq = _packed(call, "exp_avg"), _packed(call, "exp_avg_sq")
     assert batch.layout is not None
     offsets, indices = batch.layout
-    maxima = _packed(launch, "max_exp_avg_sq") if amsgrad else None
+    maxima = _packed(call, "max_exp_avg_sq") if amsgrad else None
     _ops.masked_adamw_packed_(  # without the dispatcher, which takes time
-        *(batch.targets, launch.grads, offsets, indices),
+        *(batch.targets, call.grads, offsets, indices),
         *(exp_avg, exp_avg_sq, maxima, None, steps),
         *options,
     )
 
 
-def _run_lists(launch: Launch, amsgrad: bool, options: tuple[Any, ...]) -> None:
-    batch, values = launch.batch, launch.values
+def _run_lists(call: Call, amsgrad: bool, options: tuple[Any, ...]) -> None:
+    batch, values = call.batch, call.values
     quantized = batch.state_dtype is not torch.float32
     more = [values.get(scale, []) for scale in SCALES.values()]
     lists: list[list[Any]] = [
-        _chosen(launch, batch.targets),
-        launch.grads,
-        _chosen(launch, batch.indices),
+        _chosen(call, batch.targets),
+        call.grads,
+        _chosen(call, batch.indices),
         values["exp_avg"],
         values["exp_avg_sq"],
         *(more if quantized else [values["max_exp_avg_sq"] if amsgrad else []]),
-        _chosen(launch, batch.masters),
+        _chosen(call, batch.masters),
     ]
     if batch.sharded:
         lists = [[t.to_local() if is_sharded(t) else t for t in tensors] for tensors in lists]
     op = _ops.masked_adamw_quantized_ if quantized else _ops.masked_adamw_
     found_inf = options[-1]
-    steps = _packed(launch, "step") if launch.some is None else torch.stack(values["step"])
+    steps = _packed(call, "step") if call.some is None else torch.stack(values["step"])
     raised = steps + (1 if found_inf is None else (found_inf == 0).to(steps))
     op(*lists, raised, *options)
-    if launch.some is None:
+    if call.some is None:
         steps.copy_(raised)
     else:
         torch._foreach_copy_(values["step"], raised.unbind())
 
 
-def _run_sorted(launch: Launch, sorting: Sorting, amsgrad: bool, options: tuple[Any, ...]) -> None:
+def _run_sorted(call: Call, sorting: Sorting, amsgrad: bool, options: tuple[Any, ...]) -> None:
     """One call for several step counts: all entries sorted by them, and put back."""
-    batch, steps = launch.batch, _packed(launch, "step")
+    batch, steps = call.batch, _packed(call, "step")
     kinds = ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if amsgrad else [])]
-    states = [_packed(launch, kind) for kind in kinds]
+    states = [_packed(call, kind) for kind in kinds]
     counts, chosen = steps, None
-    by_param: Sequence[Any] = launch.grads
-    if launch.some is not None:
-        there = dict(zip(launch.some, launch.grads, strict=True))
+    by_param: Sequence[Any] = call.grads
+    if call.some is not None:
+        there = dict(zip(call.some, call.grads, strict=True))
         by_param = [there.get(i) for i in range(len(batch.params))]
         chosen = [j for j, owner in enumerate(sorting.owners) if owner in there]
         sorting, counts = sorting.only(chosen), steps[chosen]
@@ -127,24 +127,24 @@ def _run_sorted(launch: Launch, sorting: Sorting, amsgrad: bool, options: tuple[
         torch._foreach_copy_(batch.masters, states[-1].split([m.numel() for m in batch.masters]))
 
 
-def _chosen(launch: Launch, tensors: list[Tensor]) -> list[Tensor]:
-    """Those of the batch's tensors that the launch is for."""
-    some = launch.some
+def _chosen(call: Call, tensors: list[Tensor]) -> list[Tensor]:
+    """Those of the batch's tensors that the call is for."""
+    some = call.some
     return tensors if some is None or not tensors else [tensors[i] for i in some]
 
 
-def _packed(launch: Launch, key: str) -> Tensor:
+def _packed(call: Call, key: str) -> Tensor:
     """One kind of state of the whole batch in one tensor; packed now where it is not."""
-    values = launch.values[key]
-    held = launch.batch.packed.get(key)
+    values = call.values[key]
+    held = call.batch.packed.get(key)
     if held is not None and held.holds(values):
         return held.tensor
     tensor = torch.cat([value.reshape(-1).to(values[0].device) for value in values])
     parts = tensor.split([value.numel() for value in values])
     views = [part.view(value.shape) for part, value in zip(parts, values, strict=True)]
-    for entry, view in zip(launch.states, views, strict=True):
+    for entry, view in zip(call.states, views, strict=True):
         entry[key] = view
-    launch.batch.packed[key] = Packed(tensor, views)
+    call.batch.packed[key] = Packed(tensor, views)
     return tensor
 
 

@@ -1,6 +1,6 @@
 """What a step wrote, looked at: numbers that are not finite, and updates lost in rounding.
 
-A step is made, and the host reads two counts for each launch, at once; which tensors they are of is
+A step is made, and the host reads two counts for each call, at once; which tensors they are of is
 asked where there is something to say. Nothing here runs unless ``check_numerics=True``. It takes a
 few passes over the selected entries, and a copy of them and of their state while the step lasts.
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 from fishkern.optim.arguments import CAPTURABLE
 from fishkern.optim.calls import run
 from fishkern.optim.checkpoint import MOMENTS
-from fishkern.optim.launch import Launch, State
+from fishkern.optim.plans import Call, State
 from fishkern.optim.quantized import moment_of
 from fishkern.optim.roles import shorten
 from fishkern.training import leaves
@@ -97,7 +97,7 @@ def stood_still(touched: Sequence[Touched]) -> Tensor:
 def not_finite(touched: Sequence[Touched]) -> Tensor:
     """How many entries have a value or a moment that is NaN or infinite."""
     found = ~torch.cat([entry.now() for entry in touched]).isfinite()
-    if touched[0].has_master:  # then all of a launch have; their roundings may overflow
+    if touched[0].has_master:  # then all of a call have; their roundings may overflow
         found |= ~torch.cat([_entries(e.weight, e.index) for e in touched]).isfinite()
     for key in MOMENTS:
         if all(key in entry.state for entry in touched):
@@ -118,11 +118,11 @@ class Numerics:
 
     def run(
         self,
-        launches: Sequence[tuple[Launch, dict[str, Any]]],
+        calls: Sequence[tuple[Call, dict[str, Any]]],
         state: State,
         amp: tuple[Tensor | None, Tensor | None],
     ) -> None:
-        """Run the launches of one step, each with its group.
+        """Run the calls of one step, each with its group.
 
         Raises:
             RuntimeError: The step wrote NaN or infinity; it is taken back whole.
@@ -131,13 +131,13 @@ class Numerics:
         Warns:
             LostUpdateWarning: Entries of bfloat16 or float16 weights stood still.
         """
-        if any(group["capturable"] for _, group in launches):
+        if any(group["capturable"] for _, group in calls):
             raise ValueError(CAPTURABLE)
-        if any(launch.batch.sharded for launch, _ in launches):
+        if any(call.batch.sharded for call, _ in calls):
             raise ValueError(SHARDED)
-        touched = [_touched(launch, group, state) for launch, group in launches]
-        for launch, group in launches:
-            run(launch, group, *amp)
+        touched = [_touched(call, group, state) for call, group in calls]
+        for call, group in calls:
+            run(call, group, *amp)
         if not touched:
             return
         odd = [not_finite(entries) for entries in touched]
@@ -160,9 +160,9 @@ def _callers_level() -> int:
     return level
 
 
-def _touched(launch: Launch, group: dict[str, Any], state: State) -> list[Touched]:
-    batch = launch.batch
-    numbers = range(len(batch.params)) if launch.some is None else launch.some
+def _touched(call: Call, group: dict[str, Any], state: State) -> list[Touched]:
+    batch = call.batch
+    numbers = range(len(batch.params)) if call.some is None else call.some
     names = dict(zip(map(id, group["params"]), group.get("param_names") or (), strict=False))
     found = []
     for i in numbers:

@@ -22,9 +22,9 @@ from fishkern.optim.checkpoint import (
     unpack_masks,
     unpack_state,
 )
-from fishkern.optim.launch import Plan, check_leaves_on, gather, make_plan, refuse_capture, scaling
 from fishkern.optim.masters import restore_masters, saved_masters
 from fishkern.optim.numerics import Numerics
+from fishkern.optim.plans import Plan, check_leaves_on, make_call, make_plan, refuse_capture
 from fishkern.optim.quantized import check_quantizable
 from fishkern.optim.remasking import check_leaves, check_new_mask, exchange_leaves, remasked
 from fishkern.optim.roles import (
@@ -36,6 +36,7 @@ from fishkern.optim.roles import (
     index_of,
     name_all,
 )
+from fishkern.optim.scaler import scaling
 from fishkern.selection.masks import SparseMask
 
 __all__ = ["FishSparseAdamW"]
@@ -291,20 +292,20 @@ class FishSparseAdamW(torch.optim.Optimizer):
             amp = scaling(self)
             if amp is None:
                 return loss
-            # Everything is gathered before the first launch: a refusal leaves all as it was.
-            launches = [
-                (launch, group)
+            # Everything is gathered before the first call: a refusal leaves all as it was.
+            calls = [
+                (call, group)
                 for plan, group in zip(plans, self.param_groups, strict=True)
                 for batch in plan.batches
-                if (launch := gather(batch, self.state, group)) is not None
+                if (call := make_call(batch, self.state, group)) is not None
             ]
-            if len(launches) < sum(len(plan.batches) for plan in plans):
+            if len(calls) < sum(len(plan.batches) for plan in plans):
                 check_leaves_on(plans)
             if self._numerics is not None:
-                self._numerics.run(launches, self.state, amp)
+                self._numerics.run(calls, self.state, amp)
                 return loss
-            for launch, group in launches:
-                run(launch, group, *amp)
+            for call, group in calls:
+                run(call, group, *amp)
         return loss
 
     def _plan(self, i: int, group: dict[str, Any]) -> Plan:

@@ -47,7 +47,7 @@ INNER_LAYERS = {
         {"optimizer"},
         {"numerics", "remasking"},
         {"calls", "checkpoint"},
-        {"arguments", "launch"},
+        {"arguments", "plans", "scaler"},
     ],
     "interception": [
         {"runners"},

@@ -95,7 +95,7 @@ class Plan:
 
 
 @dataclass(slots=True, eq=False)
-class Launch:
+class Call:
     """One call of the op: for the whole batch, or for those of its parameters in ``some``."""
 
     batch: Batch
@@ -164,7 +164,7 @@ def make_plan(
     return Plan(list(params), list(batches.values()), leaves.generation())
 
 
-def gather(batch: Batch, state: State, group: dict[str, Any]) -> Launch | None:
+def make_call(batch: Batch, state: State, group: dict[str, Any]) -> Call | None:
     """Collect gradients and states, and build the states that are missing.
 
     Raises:
@@ -200,7 +200,7 @@ def gather(batch: Batch, state: State, group: dict[str, Any]) -> Launch | None:
             f"switched on after the first step, and a checkpoint has to be one of AdamW; build the "
             f"optimizer anew with the options it is to have"
         ) from None
-    return Launch(batch, grads, states, values, some)
+    return Call(batch, grads, states, values, some)
 
 
 def _states(batch: Batch, state: State) -> list[dict[str, Any]] | None:
@@ -237,29 +237,6 @@ def _sort(batch: Batch, state: State) -> None:
         for param, index in zip(batch.params, batch.indices, strict=True)
     ]
     batch.sorting = Sorting(positions, [state[param][COHORTS] for param in batch.params])
-
-
-def scaling(optimizer: torch.optim.Optimizer) -> tuple[Tensor | None, Tensor | None] | None:
-    """What a GradScaler asks for: (grad_scale, found_inf); None to skip the step.
-
-    The scaler sets both as attributes around ``step()``. Unless everything is capturable the
-    verdict is read here once, so that the step counts may stay on the host.
-
-    Raises:
-        RuntimeError: The scaler has looked at no gradient.
-    """
-    grad_scale, found_inf = (getattr(optimizer, key, None) for key in ("grad_scale", "found_inf"))
-    if found_inf is None:
-        return grad_scale, None
-    if not isinstance(found_inf, Tensor):
-        raise RuntimeError(
-            f"the GradScaler made no inf checks (found_inf is {found_inf!r}, not a tensor): no "
-            f"parameter of this optimizer has a gradient; call backward() on the scaled loss "
-            f"before scaler.step(optimizer), and unfreeze what is to be trained"
-        )
-    if all(group["capturable"] for group in optimizer.param_groups):
-        return grad_scale, found_inf
-    return None if found_inf.item() else (grad_scale, None)
 
 
 def _only_builds(group: dict[str, Any], grads: list[Any]) -> bool:
