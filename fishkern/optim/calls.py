@@ -12,7 +12,7 @@ from fishkern import _ops
 from fishkern.optim.cohorts import Sorting
 from fishkern.optim.plans import Batch, Call, Packed
 from fishkern.optim.quantized import SCALES
-from fishkern.training.leaves import is_sharded
+from fishkern.training.leaves import is_sharded, mark_agreed
 
 
 def run(
@@ -53,6 +53,8 @@ def run(
         else:
             torch._foreach_copy_(_chosen(call, batch.settled.views), masters)
         torch.autograd.graph.increment_version(masters)
+        if batch.device.type == "cuda":
+            mark_agreed(_chosen(call, batch.params))
 
 
 def _run_packed(call: Call, amsgrad: bool, options: tuple[Any, ...]) -> None:

@@ -88,6 +88,16 @@ def pack_settled(leaves: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     return packed, parts
 
 
+def mark_agreed(leaves: Sequence[Tensor]) -> None:
+    """Leaves that were just written together with their weights and ``Home.settled``.
+
+    Until a version counter moves nothing is compared then, where that takes launches.
+    """
+    for leaf in leaves:
+        owner, name = _homes[leaf][0](), _homes[leaf][1]
+        owner._seen[name] = _stamp(leaf, owner.home(name).weight)
+
+
 def _follow_each_other(parts: Sequence[Tensor], base: Tensor) -> bool:
     """Whether these are the parts of base, in their order and without a gap."""
     starts = accumulate((len(part) for part in parts), initial=0)

@@ -210,6 +210,20 @@ def test_train_only_gradients_as_on_the_cpu(device):
         assert_matches(b, a, terms=x.numel())
 
 
+def test_train_only_compares_nothing_after_a_step(device, monkeypatch):
+    """What the step has written is not read again by the next forward."""
+    if device.type != "cuda":
+        pytest.skip("on a CPU comparing is cheap, and done")
+    model, x = make_model().to(device), torch.randn(16, 6, device=device)
+    fishkern.train_only(model, make_mask(model).to(device))
+    optimizer = fishkern.FishSparseAdamW(model.named_parameters())
+    for step in range(3):
+        if step == 2:
+            monkeypatch.setattr("fishkern.training.leaves.gather", None)
+        model(x).square().mean().backward()
+        optimizer.step()
+
+
 @pytest.mark.parametrize("capturable", [False, True])
 def test_grad_scaler(device, capturable):
     models = on_both(device)

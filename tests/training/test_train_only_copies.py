@@ -9,6 +9,8 @@ from torch import nn
 
 import fishkern
 from fishkern import FishSparseAdamW, SparseMask, attached, train_only
+from fishkern.training import leaves
+from tests.support.optim import make_mask, make_model
 from tests.support.training import (
     distance,
     random_mask,
@@ -211,3 +213,28 @@ def test_a_pickled_model_has_each_value_once():
     optimizer.step()
     optimizer.zero_grad()
     assert len(pickle.dumps(model)) < 1.01 * before
+
+
+def test_what_agrees_is_compared_again_when_a_version_moves(monkeypatch):
+    """As on a GPU after a step of FishSparseAdamW, which writes leaves and weights at once."""
+    model = make_model()
+    handle = fishkern.train_only(model, make_mask(model))
+    optimizer = fishkern.FishSparseAdamW(handle.parameters(), lr=0.1)
+    model(torch.randn(4, 6)).sum().backward()
+    optimizer.step()
+    owners = [module for module in model.modules() if isinstance(module, leaves.Leaves)]
+    leaves.mark_agreed(list(handle.parameters()))
+    compared = []
+    gather = leaves.gather
+    monkeypatch.setattr(leaves, "gather", lambda *args: compared.append(args) or gather(*args))
+    for owner in owners:
+        owner.reconcile(thorough=False)
+    assert not compared
+    with torch.no_grad():
+        model[0]._parameters["weight"].add_(1.0)
+    for owner in owners:
+        owner.reconcile(thorough=False)
+    assert len(compared) == 1
+    index = leaves.home_of(dict(handle.named_parameters())["0.fishkern_leaves.weight"]).indices
+    found = model[0]._parameters["weight"].detach().flatten()[index.long()]
+    assert torch.equal(dict(handle.named_parameters())["0.fishkern_leaves.weight"], found)
