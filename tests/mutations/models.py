@@ -25,7 +25,11 @@ MUTANTS = (
     Mutant(
         7,
         "each checkpointed segment is squared by itself",
-        instead(ACCUMULATOR, "if self.num_calls[name] > self.num_uses[name]:", "if False:"),
+        instead(
+            ACCUMULATOR,
+            "if name in self.in_segments and self.num_calls[name] > self.num_uses[name]:",
+            "if False:",
+        ),
         "test_pitfall_07_a_layer_in_two_segments",
     ),
     Mutant(
