@@ -185,13 +185,16 @@ def storages(tensors: Iterable[Tensor | None]) -> dict[int, int]:
 
 
 def finetuning(config: Config, device: str) -> Finetuning:
-    """``config``: model, density, batch, tokens.
+    """``config``: model, density, batch, tokens; dropout, where it is not to be the model's.
 
     It is told which weights and scores there were, and how the mask came out: its number of
     entries, and the shares of columns, rows and tiles that hold one.
     """
     torch.manual_seed(0)
     model: Any = base_model(config)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = config.get("dropout", module.p)
     candidates = glue.layer_parameters(model)
     config["scores"] = "shaped_like_minilm_on_sst2"
     if config["model"] == "minilm":

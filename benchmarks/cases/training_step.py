@@ -44,7 +44,7 @@ def _target(what: str, density: float, metric: str, bound: float) -> Target:
 
 
 class TrainingStep(Case):
-    """Forward, backward and step of one batch, with dropout where the model has it."""
+    """Forward, backward and step of one batch, with dropout where the model has it, and without."""
 
     name = "training_step"
     baselines = (FUSED, LORA_EQUAL, FLOOR)
@@ -72,11 +72,12 @@ class TrainingStep(Case):
             return [{"model": "tiny", "density": 0.05, **BASE, **small}]
         if suite == "quick":
             return [{"model": "minilm", "density": 0.005, **BASE}]
-        return [
+        sweep = [
             {"model": model, "density": density, **BASE}
             for model in ("minilm", "bert-base-shaped", "llama-shaped")
             for density in (0.0005, 0.005, 0.05)
         ]
+        return [*sweep[:2], *({**config, "dropout": 0.0} for config in sweep[:2]), *sweep[2:]]
 
     def setup(self, config: Config, device: str) -> Finetuning:
         return finetuning(config, device)
