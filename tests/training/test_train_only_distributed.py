@@ -26,6 +26,7 @@ def _process(rank, path, calls):
     try:
         for function, *args in calls:
             function(rank, *args)
+        dist.barrier()  # gloo aborts a process whose peer ends while they still talk
     finally:
         dist.destroy_process_group()
 

@@ -52,7 +52,7 @@ def test_a_model_trains_after_an_exception_as_if_there_had_been_none(place, erro
     def fail(*_):
         raise error
 
-    hook = PLACES[place](model, fail)
+    hook, found = PLACES[place](model, fail), set(inputs._found)
     seen = model[0].q.register_forward_hook(lambda m, args, out: kept.append(weakref.ref(out)))
     with pytest.raises(error):
         step(model, optimizer, batches[1])
@@ -62,7 +62,7 @@ def test_a_model_trains_after_an_exception_as_if_there_had_been_none(place, erro
     assert torch.is_grad_enabled()
     assert len(kept) == 1
     assert kept[0]() is None
-    assert not inputs._found
+    assert set(inputs._found) <= found
     for x in batches:
         step(model, optimizer, x), step(twin, twins, x)
     assert distance(weights(model), weights(twin)) == 0
