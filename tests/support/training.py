@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from benchmarks.finetuning import kept_tensors, storages
 from fishkern import SparseMask, attached
 from tests.support.problems import PROBLEMS, Problem
 
@@ -72,25 +73,8 @@ def distance(a, b):
     return max((a[name].double() - b[name].double()).abs().max().item() for name in a)
 
 
-def kept_by_graph(output):
-    """The tensors that the nodes behind an output keep for the backward pass."""
-    seen, left, found = set(), [output.grad_fn], []
-    while left:
-        node = left.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        left += [following for following, _ in node.next_functions]
-        found += getattr(node, "saved_tensors", ())  # of functions written in Python
-        for name in dir(node):
-            value = getattr(node, name) if name.startswith("_saved_") else None
-            found += value if isinstance(value, (tuple, list)) else [value]
-    return [tensor for tensor in found if isinstance(tensor, torch.Tensor)]
-
-
 def kept_bytes(model, output):
     """Bytes of the storages that are kept for backward, without the model's own."""
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    storages = [tensor.untyped_storage() for tensor in kept_by_graph(output)]
-    found = {s.data_ptr(): s.nbytes() for s in storages if s.data_ptr() not in own}
-    return sum(found.values())
+    own = storages([*model.parameters(), *model.buffers()])
+    found = storages(kept_tensors(output))
+    return sum(size for place, size in found.items() if place not in own)

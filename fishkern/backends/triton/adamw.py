@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -235,24 +236,13 @@ def step_all(
     exp_avg_scales: Sequence[Tensor],
     exp_avg_sq_scales: Sequence[Tensor],
     masters: Sequence[Tensor],
-    steps: Tensor,
-    lr: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    maximize: bool,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
+    *options: Any,
 ) -> None:
-    """Launch the kernel for the checked tensors of each kind."""
+    """Launch the kernel for the checked tensors of each kind; ``options`` as ``launch_all``'s."""
     flat, grads, indices = (_contiguous(tensors) for tensors in (params, grads, indices))
     lists = (flat, grads, indices, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, masters)
     operands = Operands(*map(describe, (*lists, exp_avg_scales, exp_avg_sq_scales)))
-    launch_all(
-        tables_of(_device_of(params), operands), len(max_exp_avg_sqs) > 0,
-        steps, lr, beta1, beta2, eps, weight_decay, maximize, grad_scale, found_inf,
-    )  # fmt: skip
+    launch_all(tables_of(_device_of(params), operands), len(max_exp_avg_sqs) > 0, *options)
     for param, copy in zip(params, flat, strict=True):
         if copy is not param:
             param.detach().copy_(copy)
