@@ -41,6 +41,9 @@ def add_masks(optimizer: Any, state_dict: dict[str, Any]) -> None:
     if optimizer.mask is not None:
         for group in state_dict["param_groups"]:
             group["mask"] = pack_mask(optimizer.mask, group.get("param_names", ()))
+            # Without effect here, but a stock AdamW that loads this would let its fused kernel,
+            # which compares no shapes, write behind moments of selected entries alone.
+            group["fused"] = None
 
 
 def apart(

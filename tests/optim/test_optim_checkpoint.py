@@ -85,6 +85,20 @@ def test_layout_is_torchs_with_the_mask_in_the_groups():
     assert "tensor" not in repr(optimizer)
 
 
+def test_stock_adamw_refuses_a_masked_checkpoint():
+    # Its fused kernels compare no shapes: they would write behind the selected entries' moments.
+    model = make_model()
+    optimizer = FishSparseAdamW(model.named_parameters(), mask=make_mask(model), fused=True)
+    train(model, optimizer, 1)
+    checkpoint = optimizer.state_dict()
+    assert optimizer.param_groups[0]["fused"] is True
+    stock = torch.optim.AdamW(model.named_parameters(), fused=True)
+    stock.load_state_dict(checkpoint)
+    assert not any(group["fused"] for group in stock.param_groups)
+    with pytest.raises(RuntimeError, match="size"):
+        train(model, stock, 1)
+
+
 def test_loading_copies():
     model = make_model()
     mask = make_mask(model)
