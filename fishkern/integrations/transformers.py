@@ -84,10 +84,10 @@ class FishTrainer(Trainer):  # type: ignore[misc]
         **kwargs: As for ``Trainer``.
 
     Raises:
-        ValueError: A ready optimizer was passed; FSDP, DeepSpeed or (with ``train_only``)
-            DataParallel is at work; when training starts, as from ``create_fish_optimizer``, or if
-            the checkpoint has no mask, the optimizer needs ``train_only``, or the dataset can be
-            iterated only once.
+        ValueError: A ready optimizer, or a mask for it, was passed; FSDP, DeepSpeed or (with
+            ``train_only``) DataParallel is at work; when training starts, as from
+            ``create_fish_optimizer``, or if the checkpoint has no mask, the optimizer needs
+            ``train_only``, or the dataset can be iterated only once.
 
     Example:
         >>> import tempfile, torch
@@ -125,6 +125,11 @@ class FishTrainer(Trainer):  # type: ignore[misc]
                 f"a ready {type(self.optimizer).__name__} was passed, but FishTrainer makes the "
                 f"optimizer for its mask: leave optimizers out (or only pass its scheduler), or "
                 f"use Trainer with a mask of your own"
+            )
+        if self.optimizer_cls_and_kwargs and "mask" in self.optimizer_cls_and_kwargs[1]:
+            raise ValueError(
+                "optimizer_cls_and_kwargs has a mask, but FishTrainer makes its own: leave that "
+                "one out, or use Trainer with it"
             )
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             name = "FSDP" if self.is_fsdp_enabled else "DeepSpeed"
@@ -175,7 +180,7 @@ class FishTrainer(Trainer):  # type: ignore[misc]
         if self._train_only:
             attach(self.model, mask)
         self.mask = mask
-        if optimizer_cls is FishSparseAdamW:
+        if _knows_masks(optimizer_cls):
             options = {**options, "mask": mask.bind(self.model)}
         self.optimizer_cls_and_kwargs = (optimizer_cls, options)
         try:
@@ -197,7 +202,7 @@ class FishTrainer(Trainer):  # type: ignore[misc]
             optimizer_cls, options = self.get_optimizer_cls_and_kwargs(self.args, model)
             if optimizer_cls is torch.optim.AdamW:
                 optimizer_cls = FishSparseAdamW
-        if optimizer_cls is not FishSparseAdamW and not self._train_only:
+        if not _knows_masks(optimizer_cls) and not self._train_only:
             raise ValueError(
                 f"{getattr(optimizer_cls, '__name__', optimizer_cls)} knows no mask: pass "
                 f"train_only=True, which leaves it nothing but the selected entries, or choose "
@@ -208,9 +213,9 @@ class FishTrainer(Trainer):  # type: ignore[misc]
     def _chosen_mask(self, model: nn.Module) -> SparseMask:
         """The mask by this trainer's data; the same on every rank."""
         dataset: Any = self.train_dataset
-        if isinstance(dataset, IterableDataset) and iter(dataset) is dataset:
+        if isinstance(dataset, IterableDataset) and iter(dataset) is iter(dataset):
             raise ValueError(
-                f"the {type(dataset).__name__} is its own iterator, so what is scored would be "
+                f"the {type(dataset).__name__} gives one iterator only, so what is scored would be "
                 f"lost to training: pass a dataset that can be iterated again, or score with "
                 f"other data and use Trainer"
             )
@@ -242,6 +247,10 @@ class _Batches:
     def __iter__(self) -> Iterator[Any]:
         for batch in self._loader:
             yield send_to_device(batch, self._device)
+
+
+def _knows_masks(optimizer_cls: Any) -> bool:
+    return isinstance(optimizer_cls, type) and issubclass(optimizer_cls, FishSparseAdamW)
 
 
 def _load_mask(checkpoint: str) -> SparseMask:

@@ -1,4 +1,4 @@
-"""FishTrainer: scores with its own data, selects, trains; nothing else is as it was not."""
+"""FishTrainer scores with its own data, selects and trains, and changes nothing else."""
 
 import shutil
 
@@ -18,6 +18,7 @@ from tests.support.loops import (
     check_resumed,
     dataset,
     make_model,
+    mask_of,
     trained,
     weights,
 )
@@ -140,6 +141,24 @@ def test_options_of_fish_sparse_adamw(tmp_path):
     assert given[1] == {"lr": 0.5, "amsgrad": True}
 
 
+class OwnAdamW(FishSparseAdamW):
+    pass
+
+
+@pytest.mark.parametrize("make", [fish, fish_leaves])
+def test_a_subclass_of_fish_sparse_adamw_gets_the_mask(make, tmp_path):
+    given = (OwnAdamW, {"lr": LR})
+    subject = make(make_model("base"), arguments(tmp_path), optimizer_cls_and_kwargs=given)
+    assert subject.create_optimizer().mask == subject.mask
+
+
+def test_a_mask_for_the_optimizer_is_refused(tmp_path):
+    model = make_model("base")
+    given = (FishSparseAdamW, {"lr": LR, "mask": mask_of(model).bind(model)})
+    with pytest.raises(ValueError, match=r"has a mask, but FishTrainer makes its own"):
+        fish(model, arguments(tmp_path), optimizer_cls_and_kwargs=given)
+
+
 def test_model_init_makes_a_mask_for_each_model(tmp_path):
     subject = FishTrainer(
         args=arguments(tmp_path, max_steps=2),
@@ -249,6 +268,14 @@ class Once(IterableDataset):
         return next(self.samples)
 
 
+class OneIterator(IterableDataset):
+    def __init__(self):
+        self.samples = iter(dataset())
+
+    def __iter__(self):
+        return self.samples
+
+
 class Stream(IterableDataset):
     def __iter__(self):
         return iter(dataset())
@@ -256,8 +283,9 @@ class Stream(IterableDataset):
 
 def test_streams_are_scored_if_they_can_be_iterated_again(tmp_path):
     args = arguments(tmp_path, max_steps=2)
-    with pytest.raises(ValueError, match=r"Once is its own iterator"):
-        fish(make_model("base"), args, train_dataset=Once()).train()
+    for once in (Once, OneIterator):
+        with pytest.raises(ValueError, match=rf"{once.__name__} gives one iterator only"):
+            fish(make_model("base"), args, train_dataset=once()).train()
     _, by_stream = trained(lambda m, a: fish(m, a, train_dataset=Stream()), "base", args)
     assert_same_weights(
         by_stream, trained(lambda m, a: fish(m, a, train_dataset=Stream()), "base", args)[1]
