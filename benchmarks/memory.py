@@ -1,4 +1,4 @@
-"""Peak memory of one call, beyond what was held before it.
+"""Peak memory of one call, beyond what was held before it; and what is held.
 
 CUDA's allocator counts it. On a CPU the kernel does, for a whole process: each contender gets one
 of its own, in which the high-water mark is set back after a first call, so that what is loaded,
@@ -6,6 +6,8 @@ compiled or kept for good does not count. No sampling: a short peak is seen as w
 
 ``allocated_peak`` counts what torch's CPU allocator hands out instead: exact to the byte and the
 same each time, so that small differences between two ways show, and a test can hold a bound.
+``storages`` counts what is held, by a graph for its backward pass (``kept_tensors``), a model or an
+optimizer.
 """
 
 from __future__ import annotations
@@ -16,10 +18,12 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from benchmarks.harness import Case, Config, Missing, Run
 
@@ -83,6 +87,61 @@ def allocated_peak(run: Run) -> int:
         live += change
         peak = max(peak, live)
     return peak
+
+
+def kept_tensors(output: Tensor) -> list[Tensor]:
+    """What the graph behind an output keeps for the backward pass, asked of its nodes.
+
+    Hooks on saved tensors would see as much, but change what a layer may keep.
+    """
+    seen: set[Any] = set()
+    found: list[Any] = []
+    left: list[Any] = [output.grad_fn]
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        left += [following for following, _ in node.next_functions]
+        found += getattr(node, "saved_tensors", ())  # of a function that is written in Python
+        for name in dir(node):
+            value = getattr(node, name) if name.startswith("_saved_") else None
+            found += value if isinstance(value, (tuple, list)) else [value]
+    return [value for value in found if isinstance(value, Tensor)]
+
+
+def storages(tensors: Iterable[Tensor | None]) -> dict[int, int]:
+    """The bytes of each storage under these tensors, by its place in memory."""
+    found = []
+    for tensor in tensors:
+        if tensor is not None:
+            dense = (tensor,)
+            if tensor.is_sparse:
+                dense = (tensor._indices(), tensor._values())
+            found += [part.untyped_storage() for part in dense]
+    return {storage.data_ptr(): storage.nbytes() for storage in found if storage.nbytes()}
+
+
+def tensors_of(model: nn.Module) -> list[Tensor]:
+    """Parameters, buffers, and what modules hold otherwise."""
+    seen: set[int] = set()
+    return [t for module in model.modules() for t in tensors_in(vars(module), seen)]
+
+
+def tensors_in(value: Any, seen: set[int]) -> Iterator[Tensor]:
+    """Every tensor that can be reached through containers and attributes."""
+    if id(value) in seen or isinstance(value, (str, bytes, int, float, type, Callable)):
+        return
+    seen.add(id(value))
+    if isinstance(value, Tensor):
+        yield value
+        return
+    parts = list(value.values()) if hasattr(value, "values") else []
+    parts += list(value) if isinstance(value, (list, tuple, set)) else []
+    parts += list(getattr(value, "__dict__", {}).values())
+    parts += [getattr(value, name, None) for name in getattr(value, "__slots__", ())]
+    for part in parts:
+        yield from tensors_in(part, seen)
 
 
 def _kib(key: str) -> int:

@@ -9,7 +9,7 @@ import torch
 import fishkern
 from benchmarks.cases.scoring import FISHKERN, fishkern_scores
 from benchmarks.harness import Case, Config, Run, Target, Wrong
-from benchmarks.workloads import Work, scoring_work
+from benchmarks.workloads.scoring import Work, scoring_work
 
 PASS, BY_PASSES = "scoring pass", "squares not kept"
 DENSITY, SHARE, ROUNDS = 0.1, 1 / 8, 4  # of the candidates, and of the samples, to end with

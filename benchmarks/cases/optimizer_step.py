@@ -8,9 +8,25 @@ from typing import Any, ClassVar
 import torch
 
 import fishkern
-from benchmarks import peers
-from benchmarks.harness import Case, Config, Run, Target, Times, Wrong, check_error, median_ratio
-from benchmarks.steps import LINE, Optimizer, Problem, held_bytes, lines_touched, step_problem
+from benchmarks.harness import (
+    Case,
+    Config,
+    Missing,
+    Run,
+    Target,
+    Times,
+    Wrong,
+    check_error,
+    median_ratio,
+)
+from benchmarks.workloads.steps import (
+    LINE,
+    Optimizer,
+    Problem,
+    held_bytes,
+    lines_touched,
+    step_problem,
+)
 from fishkern.functional import masked_adamw_
 
 FISHKERN, FUSED, FOREACH = "fishkern", "AdamW(fused)", "AdamW(foreach)"
@@ -42,6 +58,18 @@ def leaves_optimizer(problem: Problem) -> torch.optim.Optimizer:
     return optimizer
 
 
+def adamw(**flags: bool) -> Optimizer:
+    """torch.optim.AdamW on every weight, with flags such as ``fused=True``."""
+
+    def build(problem: Problem) -> torch.optim.Optimizer:
+        try:
+            return torch.optim.AdamW(problem.params.items(), **ADAMW, **flags)
+        except (RuntimeError, ValueError) as error:
+            raise Missing(f"AdamW({flags}): {error}") from error
+
+    return build
+
+
 def passing(problem: Problem) -> Run:
     """What the machine moves at best, with as many threads: each line is read and written.
 
@@ -57,8 +85,8 @@ OPTIMIZERS: dict[str, Optimizer] = {
     LEAVES: leaves_optimizer,
     BYTES: lambda problem: fishkern_optimizer(problem, state_dtype=torch.uint8),
     HOST: lambda problem: fishkern_optimizer(problem.one_each()),
-    FUSED: lambda problem: peers.adamw(fused=True)(problem.params),
-    FOREACH: lambda problem: peers.adamw(foreach=True)(problem.params),
+    FUSED: adamw(fused=True),
+    FOREACH: adamw(foreach=True),
 }
 
 

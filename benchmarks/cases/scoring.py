@@ -8,9 +8,15 @@ from typing import Any, ClassVar
 import torch
 
 import fishkern
-from benchmarks import peers
+from benchmarks.contenders.scoring import (
+    backpack,
+    one_sample_loop,
+    opacus,
+    ordinary_pass,
+    vmap_of_grad,
+)
 from benchmarks.harness import Case, Config, Run, Target, Times, Wrong, median_ratio
-from benchmarks.workloads import ADAPTERS, CLASSES, Work, scoring_work
+from benchmarks.workloads.scoring import ADAPTERS, CLASSES, Work, scoring_work
 
 FISHKERN, ORDINARY, LOOP = "fishkern", "ordinary pass", "one-sample loop"
 VMAP, BACKPACK, OPACUS = "torch.func vmap", "BackPACK", "Opacus"
@@ -39,11 +45,11 @@ class Scoring(Case):
     baselines = (ORDINARY, LOOP)
     contenders: ClassVar = {
         FISHKERN: fishkern_scores,
-        ORDINARY: peers.ordinary_pass,
-        LOOP: peers.one_sample_loop,
-        VMAP: peers.vmap_of_grad,
-        BACKPACK: peers.backpack,
-        OPACUS: peers.opacus,
+        ORDINARY: ordinary_pass,
+        LOOP: one_sample_loop,
+        VMAP: vmap_of_grad,
+        BACKPACK: backpack,
+        OPACUS: opacus,
     }
     targets = (
         *(
@@ -90,7 +96,7 @@ class Scoring(Case):
         work.model.double()
         for batch in work.batches:
             batch |= {k: v.double() for k, v in batch.items() if v.is_floating_point()}
-        truth = peers.one_sample_loop(work)()
+        truth = one_sample_loop(work)()
         if set(found) != set(truth):
             raise Wrong(f"scores of other parameters: {sorted(set(found) ^ set(truth))[:3]}")
         whole = max(t.max().item() for t in truth.values())

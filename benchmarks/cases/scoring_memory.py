@@ -8,18 +8,18 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from benchmarks import peers
 from benchmarks.cases.scoring import FISHKERN, Scoring, fishkern_scores
+from benchmarks.contenders.scoring import ordinary_pass
 from benchmarks.harness import Case, Config, Run, Target, Times
 from benchmarks.memory import allocated_peak
-from benchmarks.workloads import Work, scoring_work
+from benchmarks.workloads.scoring import Work, scoring_work
 
 DROPPED = "ordinary pass, gradients dropped"
 
 
 def gradients_dropped(work: Work) -> Run:
     """Forward and backward, each weight's gradient freed once it is there: activations alone."""
-    run = peers.ordinary_pass(work)
+    run = ordinary_pass(work)
 
     def drop(param: Tensor) -> None:
         param.grad = None
@@ -47,7 +47,7 @@ def layer_bytes(work: Work) -> int:
     layers = [module for module in work.model.modules() if not list(module.children())]
     hooks = [layer.register_forward_hook(note) for layer in layers]
     try:
-        peers.ordinary_pass(work)()
+        ordinary_pass(work)()
     finally:
         for hook in hooks:
             hook.remove()

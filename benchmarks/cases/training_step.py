@@ -8,9 +8,7 @@ from typing import ClassVar
 import torch
 
 import fishkern
-from benchmarks.finetuning import Finetuning, Footprint, Phases, Trainer, finetuning
-from benchmarks.harness import Case, Config, Run, Target, Times, Wrong
-from benchmarks.ways import (
+from benchmarks.contenders.training import (
     BADAM,
     FISHKERN,
     FISHKERN_COLUMNS,
@@ -21,6 +19,8 @@ from benchmarks.ways import (
     WAYS,
     every_weight,
 )
+from benchmarks.harness import Case, Config, Run, Target, Times, Wrong
+from benchmarks.workloads.finetuning import Finetuning, Footprint, Phases, Trainer, finetuning
 
 TOLERANCE = 1e-5
 FISHKERNS = (FISHKERN, FISHKERN_COLUMNS, FISHKERN_DENSE)

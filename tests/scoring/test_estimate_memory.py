@@ -11,7 +11,7 @@ from torch import nn
 from benchmarks.cases.scoring import fishkern_scores
 from benchmarks.cases.scoring_memory import gradients_dropped, layer_bytes
 from benchmarks.memory import allocated_peak
-from benchmarks.workloads import CLASSES, Task, Work
+from benchmarks.workloads.scoring import CLASSES, Task, Work
 from fishkern import _dispatch
 from fishkern.functional import embedding_fisher_, norm_fisher_
 from tests.support.problems import lora

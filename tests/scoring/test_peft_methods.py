@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from benchmarks.harness import Missing
-from benchmarks.peft_methods import ABSENT, METHODS
-from benchmarks.peft_models import kind, matches, widened
+from benchmarks.studies.peft.methods import ABSENT, METHODS
+from benchmarks.studies.peft.models import kind, matches, widened
 from fishkern import FisherVerificationError, estimate_fisher
 from tests.support.oracle import fisher_oracle
 from tests.support.tolerances import assert_scores_match

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.finetuning import kept_tensors, storages
+from benchmarks.memory import kept_tensors, storages
 from fishkern import SparseMask, attached
 from tests.support.problems import PROBLEMS, Problem
 

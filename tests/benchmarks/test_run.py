@@ -14,7 +14,7 @@ from benchmarks.cases.optimizer_step import OptimizerStep
 from benchmarks.cases.scoring import Scoring
 from benchmarks.cases.topk import TopK
 from benchmarks.harness import COLUMNS, Missing, Recorder, Target, Wrong, alternate, time_metrics
-from benchmarks.steps import held_bytes, lines_touched
+from benchmarks.workloads.steps import held_bytes, lines_touched
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 EXPECTED = {

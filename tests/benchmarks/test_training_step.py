@@ -6,14 +6,17 @@ import pytest
 import torch
 from torch import nn
 
+import benchmarks.contenders.training as ways
 import fishkern
-from benchmarks import glue, mask_shares, ways
 from benchmarks.cases import training_step
 from benchmarks.cases.training_step import TrainingStep, bytes_per_entry
-from benchmarks.finetuning import Trainer, finetuning, storages, tensors_of
 from benchmarks.harness import Missing, Wrong
-from benchmarks.mask_shares import mask_of, shares
-from benchmarks.shaped_scores import shaped_scores
+from benchmarks.memory import storages, tensors_of
+from benchmarks.studies import mask_shares
+from benchmarks.workloads import glue
+from benchmarks.workloads.finetuning import Trainer, finetuning
+from benchmarks.workloads.masks import mask_of, shares
+from benchmarks.workloads.shaped_scores import shaped_scores
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 N, T, I, O = 3, 5, 8, 4  # noqa: E741

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import fishkern
-from benchmarks import workloads
 from benchmarks.harness import Config
+from benchmarks.memory import storages, tensors_in
+from benchmarks.workloads.encoder import encoder, fisher_scores
 
 LINE = 16  # float32 values in a cache line
 LISTS = {"500-small": (500, (16, 16)), "4-large": (4, (1024, 4096))}  # tensors alike
@@ -70,7 +70,7 @@ def step_problem(config: Config, device: str) -> Problem:
         params[name] = nn.Parameter(draw(*shape).to(device))
         params[name].grad = (0.01 * draw(*shape)).to(device)
     if config["mask"] == "fisher":
-        scores = workloads.fisher_scores()
+        scores = fisher_scores()
         mask = fishkern.select(scores, density=config["density"])
     else:
         scores = {name: param.detach().cpu() for name, param in params.items()}
@@ -89,8 +89,8 @@ def shapes_of(model: str) -> dict[str, torch.Size]:
     if model in LISTS:
         count, shape = LISTS[model]
         return {f"{i}.weight": torch.Size(shape) for i in range(count)}
-    encoder = workloads.encoder({"model": model})
-    return {name: param.shape for name, param in encoder.named_parameters()}
+    params = encoder({"model": model}).named_parameters()
+    return {name: param.shape for name, param in params}
 
 
 def lines_touched(index: Tensor) -> int:
@@ -104,25 +104,6 @@ def held_bytes(build: Optimizer, problem: Problem) -> tuple[int, int]:
     optimizer = build(problem)
     optimizer.step()
     given = {id(t) for p in problem.params.values() for t in (p, p.grad)}
-    storages = {
-        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
-        for t in tensors_in(vars(optimizer), given)
-    }
+    held = storages(tensors_in(vars(optimizer), given))
     trained = sum(entry["exp_avg"].numel() for entry in optimizer.state.values())
-    return sum(storages.values()), trained
-
-
-def tensors_in(value: Any, seen: set[int]) -> Iterator[Tensor]:
-    """Every tensor that can be reached through containers and attributes."""
-    if id(value) in seen or isinstance(value, (str, bytes, int, float, type, Callable)):
-        return
-    seen.add(id(value))
-    if isinstance(value, Tensor):
-        yield value
-        return
-    parts = list(value.values()) if hasattr(value, "values") else []
-    parts += list(value) if isinstance(value, (list, tuple, set)) else []
-    parts += list(getattr(value, "__dict__", {}).values())
-    parts += [getattr(value, name, None) for name in getattr(value, "__slots__", ())]
-    for part in parts:
-        yield from tensors_in(part, seen)
+    return sum(held.values()), trained

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from queue import Empty
 from typing import Any
 
-from benchmarks.column_study.runs import Row, Run, Settings, perform
+from benchmarks.studies.columns.runs import Row, Run, Settings, perform
 
 PATIENCE = 10.0  # seconds without a row, before it is asked whether all processes live
 

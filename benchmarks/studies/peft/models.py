@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.harness import Missing
-from benchmarks.workloads import encoder, require
+from benchmarks.harness import Missing, require
+from benchmarks.workloads.encoder import encoder
 
 Batch = dict[str, Any]
 Options = Mapping[str, Any]

@@ -1,21 +1,19 @@
-"""What fishkern is compared with: torch's own ways, and packages that may not be installed.
+"""Other exact ways to the scores: torch's own, and packages that may not be installed.
 
-A scoring contender takes a ``Work`` and returns the function to be measured; its result are the
-scores, by name. An optimizer contender makes an optimizer of named parameters.
+Each takes a ``Work`` and returns the function to be measured, whose result are the scores, by name.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from benchmarks.harness import Missing, Run
-from benchmarks.workloads import Work, require
+from benchmarks.harness import Run, require
+from benchmarks.workloads.scoring import Work
 
 VMAP_BYTES = 2**30  # per-sample gradients that may exist at once
 
@@ -147,15 +145,3 @@ def _with_plain_attention(model: nn.Module) -> Any:
     if hasattr(model, "set_attn_implementation"):
         model.set_attn_implementation("eager")
     return model
-
-
-def adamw(**flags: bool) -> Callable[[dict[str, nn.Parameter]], torch.optim.Optimizer]:
-    """torch.optim.AdamW on every weight, with flags such as ``fused=True``."""
-
-    def build(params: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
-        try:
-            return torch.optim.AdamW(params.items(), lr=1e-3, weight_decay=1e-2, **flags)
-        except (RuntimeError, ValueError) as error:
-            raise Missing(f"AdamW({flags}): {error}") from error
-
-    return build

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks import glue
-from benchmarks.harness import Missing
-from benchmarks.workloads import WEIGHTS, Batch, encoder, require, weights_folder
+from benchmarks.harness import Missing, require
+from benchmarks.workloads import glue
+from benchmarks.workloads.encoder import WEIGHTS, Batch, encoder, weights_folder
 
 TRAIN, HELD_OUT, DEV = 6000, 1000, 1000  # examples, at most
 PARTS = ("train", "held_out", "dev")

@@ -9,7 +9,6 @@ import copy
 import re
 import statistics
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -17,13 +16,19 @@ import torch
 from torch import Tensor, nn
 
 import fishkern
-from benchmarks import glue
-from benchmarks.harness import WARMUPS, Config, Missing, synchronize
-from benchmarks.mask_shares import mask_of
-from benchmarks.memory import allocated_peak, cuda_peak
-from benchmarks.shaped_scores import shaped_scores
-from benchmarks.steps import tensors_in
-from benchmarks.workloads import Batch, encoder, require
+from benchmarks.harness import WARMUPS, Config, Missing, require, synchronize
+from benchmarks.memory import (
+    allocated_peak,
+    cuda_peak,
+    kept_tensors,
+    storages,
+    tensors_in,
+    tensors_of,
+)
+from benchmarks.workloads import glue
+from benchmarks.workloads.encoder import Batch, encoder
+from benchmarks.workloads.masks import mask_of
+from benchmarks.workloads.shaped_scores import shaped_scores
 
 # Shapes without their weights. As many layers as MiniLM has, since a mask shaped like its own has
 # most entries in the last one; and a small vocabulary, which is not trained.
@@ -143,45 +148,6 @@ class Trainer:
     def _now(self) -> float:
         synchronize(self._device)
         return time.perf_counter()
-
-
-def kept_tensors(output: Tensor) -> list[Tensor]:
-    """What the graph behind an output keeps for the backward pass, asked of its nodes.
-
-    Hooks on saved tensors would see as much, but change what a layer may keep.
-    """
-    seen: set[Any] = set()
-    found: list[Any] = []
-    left: list[Any] = [output.grad_fn]
-    while left:
-        node = left.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        left += [following for following, _ in node.next_functions]
-        found += getattr(node, "saved_tensors", ())  # of a function that is written in Python
-        for name in dir(node):
-            value = getattr(node, name) if name.startswith("_saved_") else None
-            found += value if isinstance(value, (tuple, list)) else [value]
-    return [value for value in found if isinstance(value, Tensor)]
-
-
-def tensors_of(model: nn.Module) -> list[Tensor]:
-    """Parameters, buffers, and what modules hold otherwise."""
-    seen: set[int] = set()
-    return [t for module in model.modules() for t in tensors_in(vars(module), seen)]
-
-
-def storages(tensors: Iterable[Tensor | None]) -> dict[int, int]:
-    """The bytes of each storage under these tensors, by its place in memory."""
-    found = []
-    for tensor in tensors:
-        if tensor is not None:
-            dense = (tensor,)
-            if tensor.is_sparse:
-                dense = (tensor._indices(), tensor._values())
-            found += [part.untyped_storage() for part in dense]
-    return {storage.data_ptr(): storage.nbytes() for storage in found if storage.nbytes()}
 
 
 def finetuning(config: Config, device: str) -> Finetuning:

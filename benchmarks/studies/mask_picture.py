@@ -1,4 +1,4 @@
-"""``python -m benchmarks.mask_picture``: docs/train-only.png, where a mask's entries lie.
+"""``python -m benchmarks.studies.mask_picture``: docs/train-only.png, where a mask's entries lie.
 
 Three matrices of MiniLM and their entries in the mask of 0.5 % of all layers by Fisher scores on
 SST-2, a dot for each; and as many as in the first at random. ``GLUE_DIR`` names the folder with
@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 import fishkern
-from benchmarks import glue
+from benchmarks.machine import ROOT
+from benchmarks.workloads import glue
 
-OUTPUT = Path(__file__).resolve().parents[1] / "docs" / "train-only.png"
+OUTPUT = ROOT / "docs" / "train-only.png"
 DENSITY = 0.005
 SHOWN = {
     "value, layer 5": "bert.encoder.layer.5.attention.self.value.weight",
@@ -28,7 +29,9 @@ SHOWN = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.mask_picture", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.studies.mask_picture", description=__doc__
+    )
     parser.add_argument("--output", type=Path, default=OUTPUT)
     args = parser.parse_args(argv)
     mask = fishkern.select(glue.scores("sst2"), density=DENSITY)

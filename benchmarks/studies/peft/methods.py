@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from benchmarks.peft_models import Batch, Method, Options, imported
+from benchmarks.studies.peft.models import Method, Options, imported
+from benchmarks.workloads.encoder import Batch
 
 
 def _from_data(model: nn.Module, batch: Batch) -> None:

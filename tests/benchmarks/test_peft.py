@@ -4,11 +4,11 @@ import dataclasses
 
 import pytest
 import torch
+from benchmarks.peft_table import document, main, read_rows, write_rows
 
 from benchmarks import peft_table
 from benchmarks.machine import RESULTS, ROOT
-from benchmarks.peft_methods import METHODS
-from benchmarks.peft_table import document, main, read_rows, write_rows
+from benchmarks.studies.peft.methods import METHODS
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 pytest.importorskip("peft")

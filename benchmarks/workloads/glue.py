@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 import fishkern
-from benchmarks.harness import Missing
-from benchmarks.workloads import Batch, encoder, require, weights_folder
+from benchmarks.harness import Missing, require
+from benchmarks.workloads.encoder import Batch, encoder, weights_folder
 
 TASKS = ("sst2", "cola", "mrpc", "rte", "qnli", "qqp", "mnli", "stsb")
 SCORED, WARMUP_STEPS, WARMUP_BATCH = 128, 60, 16

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.peft_table``: measure every PEFT method, and write docs/peft.md.
+"""``python -m benchmarks.studies.peft``: measure every PEFT method, and write docs/peft.md.
 
 Each method that can be imported here becomes a row of results/peft.csv; rows of others stay as
 they were, so that packages that cannot share an environment can share the table.
@@ -22,8 +22,8 @@ from tqdm import tqdm
 import fishkern
 from benchmarks.harness import Missing, Run, alternate, median_ratio
 from benchmarks.machine import RESULTS, ROOT, describe
-from benchmarks.peft_methods import METHODS
-from benchmarks.peft_models import Method, kind, matches, widened
+from benchmarks.studies.peft.methods import METHODS
+from benchmarks.studies.peft.models import Method, kind, matches, widened
 from tests.support.oracle import fisher_oracle
 from tests.support.tolerances import SCORE, score_error
 
@@ -281,7 +281,7 @@ that are not in this table.
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.peft_table", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.studies.peft", description=__doc__)
     names, packages = [m.name for m in METHODS], sorted({m.package for m in METHODS})
     parser.add_argument("--method", choices=names, action="append", help="repeatable; all")
     parser.add_argument("--package", choices=packages, action="append", help="repeatable; all")

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.column_study``: accuracy where masks use few columns, on GLUE's tasks.
+"""``python -m benchmarks.studies.columns``: accuracy where masks use few columns, on GLUE's tasks.
 
 First ``--prepare FOLDER`` (with ``GLUE_DIR`` and MiniLM's weights), then ``--data FOLDER``, with
 FOLDER on PYTHONPATH where the weights are not installed. Each run is a row of the file, appended as
@@ -19,13 +19,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.column_study.arms import ARMS
-from benchmarks.column_study.data import prepare
-from benchmarks.column_study.processes import perform_shared
-from benchmarks.column_study.runs import Row, Run, Settings, perform
-from benchmarks.column_study.table import read, table
-from benchmarks.glue import TASKS
 from benchmarks.machine import RESULTS, describe
+from benchmarks.studies.columns.arms import ARMS
+from benchmarks.studies.columns.data import prepare
+from benchmarks.studies.columns.processes import perform_shared
+from benchmarks.studies.columns.runs import Row, Run, Settings, perform
+from benchmarks.studies.columns.table import read, table
+from benchmarks.workloads.glue import TASKS
 
 OUTPUT = RESULTS / "columns.csv"
 DEFAULT_TASKS = ("sst2", "qqp", "stsb", "qnli")
@@ -100,7 +100,9 @@ def _key(row: Any) -> tuple[str, ...]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.column_study", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.studies.columns", description=__doc__
+    )
     parser.add_argument("--prepare", type=Path, metavar="FOLDER", help="write the data, and stop")
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="what --prepare wrote")
     parser.add_argument("--table", action="store_true", help="print what the rows say, and stop")

@@ -12,10 +12,9 @@ from typing import Any
 import torch
 
 import fishkern
-from benchmarks.finetuning import Finetuning, Trainer
-from benchmarks.glue import require_grad_only
-from benchmarks.harness import Missing
-from benchmarks.workloads import require
+from benchmarks.harness import Missing, require
+from benchmarks.workloads.finetuning import Finetuning, Trainer
+from benchmarks.workloads.glue import require_grad_only
 
 FISHKERN, FISHKERN_DENSE = "fishkern", "fishkern, dense gradients"
 FISHKERN_COLUMNS = "fishkern, max_columns=0.1"

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.column_study.arms import ARMS, UNRESTRICTED
+from benchmarks.studies.columns.arms import ARMS, UNRESTRICTED
 
 Results = Mapping[tuple[str, str], Mapping[int, Mapping[str, str]]]  # (arm, task): by seed, a row
 

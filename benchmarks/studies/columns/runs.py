@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 import fishkern
-from benchmarks import glue
-from benchmarks.column_study.arms import ARMS, EVERY, HEAD, LORA, Arm, captured, expected_work
-from benchmarks.column_study.data import Examples, Task, load, weights_precision
-from benchmarks.harness import Missing
-from benchmarks.mask_shares import shares
-from benchmarks.workloads import encoder, require
+from benchmarks.harness import Missing, require
+from benchmarks.studies.columns.arms import ARMS, EVERY, HEAD, LORA, Arm, captured, expected_work
+from benchmarks.studies.columns.data import Examples, Task, load, weights_precision
+from benchmarks.workloads import glue
+from benchmarks.workloads.encoder import encoder
+from benchmarks.workloads.masks import shares
 
 HEAD_RATE = 1e-3
 WARM_UP = 0.1  # of the steps

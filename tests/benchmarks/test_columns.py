@@ -10,13 +10,13 @@ import pytest
 import torch
 
 import fishkern
-from benchmarks.column_study import __main__ as study
-from benchmarks.column_study import data
-from benchmarks.column_study.arms import ARMS, RULES, UNRESTRICTED, Arm, captured, expected_work
-from benchmarks.column_study.runs import correlation
-from benchmarks.column_study.table import read, table
 from benchmarks.machine import ROOT
-from benchmarks.mask_shares import shares
+from benchmarks.studies.columns import __main__ as study
+from benchmarks.studies.columns import data
+from benchmarks.studies.columns.arms import ARMS, RULES, UNRESTRICTED, Arm, captured, expected_work
+from benchmarks.studies.columns.runs import correlation
+from benchmarks.studies.columns.table import read, table
+from benchmarks.workloads.masks import shares
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 WORDS = ("good", "bad", "so", "very")
@@ -113,7 +113,7 @@ def test_a_process_writes_the_row_that_is_missing(prepared, tmp_path):
     head, first, _ = whole.read_text().splitlines()
     cut.write_text(f"{head}\n{first}\n")
     # As it is called by hand: what stands in __main__ is not found by new processes.
-    command = [sys.executable, "-m", "benchmarks.column_study", *options(prepared, cut), *arm]
+    command = [sys.executable, "-m", "benchmarks.studies.columns", *options(prepared, cut), *arm]
     subprocess.run([*command, "--jobs", "2"], cwd=ROOT, check=True, timeout=300)
     told = ("arm", "lr", "dev", "held_out", "trained", "columns", "captured")
     found = [[[row[name] for name in told] for row in rows_of(path)] for path in (whole, cut)]

@@ -1,0 +1,1 @@
+"""What is compared: each makes the function to measure from a workload."""

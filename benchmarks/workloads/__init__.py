@@ -1,0 +1,1 @@
+"""What is measured: models, data, masks; the same each time."""
