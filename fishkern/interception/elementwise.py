@@ -37,12 +37,14 @@ POINTWISE = {
     *("pow", "rpow", "float_power", "maximum", "minimum", "hypot", "atan2", "lerp"),
     *("addcmul", "addcdiv", "where", "masked_fill", "copy"),
 }
-#: Functions of one tensor that keep its entries apart, and their order.
-ENTRYWISE = POINTWISE | {
+#: Functions of a first tensor that keep its entries, up to what is added, and their order.
+KEEPING = {
     *("view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "squeeze", "unsqueeze"),
     *("to", "type", "type_as", "float", "double", "half", "bfloat16", "contiguous", "clone"),
-    *("neg", "exp", "log", "sqrt", "square", "reciprocal", "abs", "tanh", "sigmoid", "softplus"),
+    *("add", "sub", "subtract"),
 }
+#: Functions that are linear in a first tensor, entry by entry.
+SCALING = {"mul", "multiply", "div", "divide", "true_divide", "neg"}
 #: Functions that repeat their tensor along axes of length 1.
 EXPANDING = {"expand", "expand_as", "broadcast_to", "repeat"}
 #: Attributes that a gradient leads through; all others are read off the tensor.
@@ -73,7 +75,8 @@ class Tracked(Tensor):
     value: Tensor  # the plain tensor; its graph ends in the aliases
     sources: dict[Tensor, Site]  # the aliases in value's graph, and the parameters' sites
     consume: UseConsumer
-    entrywise: bool  # whether each entry is made of the same entry of a single parameter
+    slope: Tensor | None  # see Use; only as long as value is not changed in place,
+    version: int  # which this tells
     met: torch.Size | None  # the shape in which a constant first met it
     #: What was put in, once it met a function of another kind: with or without gradient.
     settled: dict[bool, Tensor]
@@ -83,7 +86,12 @@ class Tracked(Tensor):
         """Track a plain tensor."""
         tracked = value.as_subclass(Tracked)
         tracked.value, tracked.sources, tracked.consume = value, sources, consume
-        tracked.entrywise, tracked.met, tracked.settled = False, None, {}
+        tracked.slope, tracked.version, tracked.met, tracked.settled = (
+            None,
+            value._version,
+            None,
+            {},
+        )
         return tracked
 
     def use(self, shape: torch.Size, met: torch.Size | None = None) -> Tensor:
@@ -96,8 +104,12 @@ class Tracked(Tensor):
         if not torch.is_grad_enabled():
             return self.value.expand(shape)
         own = [site.module._parameters[name] for site in sites for name in site.names]
-        use = Use(self.value, self.sources, self.entrywise, shape, seen.shape)
+        use = Use(self.value, self.sources, self.known_slope(), shape, seen.shape)
         return put_in(use, self.consume, [param for param in own if param is not None])
+
+    def known_slope(self) -> Tensor | None:
+        """None once the value was changed in place, perhaps through another view of it."""
+        return self.slope if self.value._version == self.version else None
 
     def settle(self) -> Tensor:
         """What is put in in its own shape, once and for all.
@@ -205,20 +217,22 @@ class _Call:
         if not result.is_floating_point() or (torch.is_grad_enabled() and not result.requires_grad):
             return result
         tracked = Tracked.make(result, self.sources(), self.tracked[0].consume)
-        tracked.entrywise = self.entrywise(result)
+        tracked.slope = self.slope(result)
         tracked.met = next((t.met for t in self.tracked if t.met is not None), None)
         if tracked.met is None and self.others:
             tracked.met = result.shape
         return tracked
 
-    def entrywise(self, result: Tensor) -> bool:
-        """Whether each entry of the result is made of the same entry of a single parameter."""
-        return (
-            len(self.tracked) == 1
-            and self.tracked[0].entrywise
-            and self.name in ENTRYWISE
-            and result.numel() == self.tracked[0].value.numel()
-        )
+    def slope(self, result: Tensor) -> Tensor | None:
+        """That of the result, if it is linear in the parameter, entry by entry."""
+        slope = self.tracked[0].known_slope()
+        if slope is None or len(self.tracked) > 1 or not self.first():
+            return None
+        if self.name in KEEPING and result.numel() == slope.numel():
+            return slope.reshape(result.shape)
+        if self.name in SCALING and not self.kwargs:  # div(rounding_mode=...)
+            return self.run(lambda _: slope)  # type: ignore[no-any-return]
+        return None
 
     def sources(self) -> dict[Tensor, Site]:
         """Of all tracked tensors."""
@@ -233,7 +247,7 @@ class _Call:
         if not follow:  # activations came in: from here on its gradient goes the ordinary way
             tracked.settled = {True: tracked.value, False: tracked.value}
             return tracked.value
-        tracked.entrywise, tracked.sources = self.entrywise(tracked.value), self.sources()
+        tracked.sources = self.sources()
         return tracked
 
     def expanded(self) -> Any:
@@ -340,6 +354,6 @@ def _read(name: str, owner: nn.Module) -> Tensor:
         return param
     alias = param.view_as(param)
     tracked = Tracked.make(alias, {alias: sites[name]}, consume)
-    tracked.entrywise = True
+    tracked.slope = param.new_ones(()).expand(param.shape)
     tracked._is_param = True  # isinstance(tracked, nn.Parameter) holds
     return tracked

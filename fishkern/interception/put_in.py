@@ -26,7 +26,8 @@ class Use:
     Args:
         value: Its graph ends in the ``sources``.
         sources: What f read, an alias of a parameter each time, and the parameter's site.
-        entrywise: Whether each entry is made of the same entry of a single parameter.
+        slope: Each entry's derivative by the same entry of the only parameter that it is made of,
+            in value's shape; None where value depends on its sources in another way.
         shape: That in which it is put in, to which ``value`` broadcasts.
         seen: That which ``called`` was given.
     """
@@ -35,11 +36,11 @@ class Use:
         self,
         value: Tensor,
         sources: Mapping[Tensor, Site],
-        entrywise: bool,
+        slope: Tensor | None,
         shape: torch.Size,
         seen: torch.Size,
     ) -> None:
-        self.value, self.entrywise, self.shape, self.seen = value, entrywise, shape, seen
+        self.value, self.slope, self.shape, self.seen = value, slope, shape, seen
         self.aliases, self.sites = tuple(sources), tuple(sources.values())
 
     def repeats(self, *axes: int) -> bool:
@@ -64,7 +65,7 @@ class Use:
         if repeated := self._repeated():
             grad_out = grad_out.sum([1 + axis for axis in repeated], dtype=wide)
         grad, value = grad_out.to(wide).reshape(size, *self.value.shape), self.value
-        if not self.entrywise:
+        if self.slope is None:
             grads = torch.autograd.grad(
                 value, self.aliases, grad.to(value.dtype), retain_graph=True, is_grads_batched=True
             )
@@ -72,8 +73,8 @@ class Use:
         (alias,) = self.aliases
         grad = grad.reshape(size, *alias.shape)
         if value.data_ptr() != alias.data_ptr():  # not the parameter's own memory
-            slope = torch.autograd.grad(value, alias, torch.ones_like(value), retain_graph=True)
-            grad = grad * slope[0]  # not in place: it may be what others get, too
+            # Not in place: it may be what others get, too.
+            grad = grad * self.slope.reshape(alias.shape)
         return [grad]
 
 

@@ -96,6 +96,13 @@ def imul(m):
     return scale
 
 
+def through_its_base(m):
+    scale = m.p * 1
+    view = scale.view(1, -1)
+    scale.mul_(m.c)
+    return view
+
+
 FOLLOWED = {
     "product": (lambda m, x: x * m.p, (H,)),
     "product, the other way round": (lambda m, x: m.p * x, (1, 1, H)),
@@ -116,6 +123,12 @@ FOLLOWED = {
     "two parameters": (lambda m, x: x * m.p + m.q, (H,)),
     "two parameters in one value": (lambda m, x: x * (m.p * m.q), (H,)),
     "read twice in one value": (lambda m, x: x * (m.p * m.p), (H,)),
+    "negated, reshaped and shifted": (lambda m, x: x * (-m.p.double().reshape(-1) + 1), (H, 1)),
+    "changed through its base": (lambda m, x: x * through_its_base(m), (H,)),
+    "rounded and not": (
+        lambda m, x: x * m.p + x.exp() * m.p.div(m.c, rounding_mode="floor"),
+        (H,),
+    ),
     "gate": (lambda m, x: x + m.p.tanh() * x.sin(), (1, 1, 1)),
     "softmax": (lambda m, x: x * m.p.softmax(0), (H,)),
     "rows": (lambda m, x: x + m.p[:, :T], (1, T + 3, H)),
@@ -157,6 +170,15 @@ def test_sample_gradients_equal_one_sample_autograd(case, grad):
         plain.requires_grad_()
         module(plain).sin().sum().backward()
         torch.testing.assert_close(x.grad, plain.grad, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", ["product", "IA3, one of them", "DoRA", "one value, two uses"])
+def test_what_is_linear_in_a_parameter_is_pulled_back_by_its_slope(case, monkeypatch):
+    """It costs one product; a backward pass within the backward pass costs more than the use."""
+    function, shape = FOLLOWED.get(case, (lambda m, x: x * (1 * m.p.flatten()), (H, 1)))
+    monkeypatch.setattr(torch.autograd, "grad", None)
+    _, collector = run(Module(function, *shape), batch())
+    assert set(collector.grads) == {"p"}
 
 
 class Double(torch.autograd.Function):
