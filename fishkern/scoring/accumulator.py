@@ -24,11 +24,11 @@ from fishkern.interception.embedding import EmbeddingRule
 from fishkern.interception.linear import LinearRule
 from fishkern.interception.put_in import Use
 from fishkern.interception.rerun import CHUNK_BYTES, Call, RerunError
-from fishkern.scoring.choices import Watch
+from fishkern.scoring.choices import watching
 from fishkern.scoring.layouts import Layouts, Noted
-from fishkern.scoring.preserve import unwatched
 from fishkern.scoring.squares import Squares
 from fishkern.scoring.tied import HeadRows, head_rows
+from fishkern.scoring.torch_functions import unwatched
 
 
 class _Use(NamedTuple):
@@ -87,7 +87,7 @@ class FisherAccumulator:
             for name in names:
                 hook = self.params[name].register_hook(partial(self._completed, name))
                 stack.enter_context(hook)
-            stack.enter_context(Watch(self.layouts.note_choice, self._differentiated))
+            stack.enter_context(watching(self.layouts.note_choice, self._differentiated))
             yield
 
     # In the forward pass

@@ -9,13 +9,14 @@ from each sample: then rows lie as they did in the first batch, which was checke
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from fishkern.interception import is_transformed
+from fishkern.scoring.torch_functions import handling
 
 Shape = tuple[int, ...]
 
@@ -38,25 +39,23 @@ class Choice(NamedTuple):
     constant: bool
 
 
-class Watch(TorchFunctionMode):
+def watching(
+    note: Callable[[Choice], None], differentiated: Callable[[], None] | None = None
+) -> AbstractContextManager[None]:
     """Gives each choice to ``note`` as it is made; tells ``differentiated`` of inner gradients."""
 
-    def __init__(
-        self, note: Callable[[Choice], None], differentiated: Callable[[], None] | None = None
-    ) -> None:
-        super().__init__()
-        self.note, self.differentiated = note, differentiated
+    def chosen(function: Any, args: Any, kwargs: Any) -> Any:
+        name = function.__name__
+        for choice in _READERS[name](name, args, kwargs):
+            note(choice)
+        return function(*args, **kwargs)
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Look, and call the function as it is."""
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        if (read := _READERS.get(name)) is not None:
-            for choice in read(name, args, kwargs):
-                self.note(choice)
-        elif name in _DERIVATIVES and self.differentiated and not is_transformed():
-            self.differentiated()
-        return func(*args, **kwargs)
+    def derived(function: Any, args: Any, kwargs: Any) -> Any:
+        if differentiated is not None and not is_transformed():
+            differentiated()
+        return function(*args, **kwargs)
+
+    return handling(dict.fromkeys(_READERS, chosen) | dict.fromkeys(_DERIVATIVES, derived))
 
 
 class KnownChoices:

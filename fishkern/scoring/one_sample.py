@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from fishkern.batches import samples
 from fishkern.batches.losses import LossFn, require_losses
 from fishkern.interception import elementwise
-from fishkern.scoring.preserve import backward, unwatched
+from fishkern.scoring.preserve import backward
+from fishkern.scoring.torch_functions import unwatched
 
 #: Reentrant checkpointing's warning that a segment gets no gradient.
 CUT_OFF = "None of the inputs have requires_grad"

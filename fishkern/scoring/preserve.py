@@ -2,74 +2,40 @@
 
 from __future__ import annotations
 
-import functools
 import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+
+from fishkern.scoring.torch_functions import handling
 
 
-class NoDropout(TorchFunctionMode):
-    """Makes functional dropout the identity, which no module's mode switches off."""
-
-    identities = frozenset(
-        [
-            F.dropout,
-            F.dropout1d,
-            F.dropout2d,
-            F.dropout3d,
-            F.alpha_dropout,
-            F.feature_alpha_dropout,
-            torch.dropout,
-            torch.alpha_dropout,
-            torch.feature_dropout,
-            torch.feature_alpha_dropout,
-        ]
-    )
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Skip dropout; run attention without it; pass everything else on."""
-        kwargs = kwargs or {}
-        if func in self.identities:
-            return args[0] if args else kwargs["input"]
-        if func is F.scaled_dot_product_attention:
-            args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
-            if "dropout_p" in kwargs:
-                kwargs = {**kwargs, "dropout_p": 0.0}
-        return func(*args, **kwargs)
+def _identity(function: Any, args: Any, kwargs: Any) -> Any:
+    return args[0] if args else kwargs["input"]
 
 
-P = ParamSpec("P")
-R = TypeVar("R")
+def _undropped_attention(function: Any, args: Any, kwargs: Any) -> Any:
+    args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
+    return function(*args, **({**kwargs, "dropout_p": 0.0} if "dropout_p" in kwargs else kwargs))
 
 
-def unwatched(function: Callable[P, R]) -> Callable[P, R]:
-    """For our own arithmetic: it runs past every ``TorchFunctionMode``, ``NoDropout`` as well.
-
-    A mode is shown whatever is done with a tensor, down to reading its shape, and takes longer over
-    it than the shape does. The model's functions are to be seen; what is computed between them from
-    gradients and shapes is not the model's.
-    """
-
-    @functools.wraps(function)
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        with torch._C.DisableTorchFunction():
-            return function(*args, **kwargs)
-
-    return run
+#: Makes functional dropout the identity, which no module's mode switches off.
+NO_DROPOUT = {
+    **dict.fromkeys(("dropout", "dropout1d", "dropout2d", "dropout3d"), _identity),
+    **dict.fromkeys(("alpha_dropout", "feature_dropout", "feature_alpha_dropout"), _identity),
+    "scaled_dot_product_attention": _undropped_attention,
+}
 
 
 def backward(loss: Tensor, params: Iterable[nn.Parameter], retain_graph: bool = False) -> None:
     """``loss.backward()`` without its dispatch, and for these parameters alone.
 
     Their ``.grad`` is this loss's alone afterwards, whatever loss_fn may have left there. The
-    dispatch would suspend ``NoDropout`` just where checkpointed layers run again. What else the
+    dispatch would suspend our handlers just where checkpointed layers run again. What else the
     graph leads to (an input that requires a gradient, a parameter of loss_fn's own) keeps the
     ``.grad`` it has. (Autograd's ``inputs=`` would see to that, but not with reentrant
     checkpointing.)
@@ -134,7 +100,7 @@ def scoring_mode(model: nn.Module, candidates: Iterable[nn.Parameter]) -> Iterat
         for module in model.modules():
             checkpoints = getattr(module, "gradient_checkpointing", False)
             module.training = bool(checkpoints) or _packs_in_eval(module)
-        stack.enter_context(NoDropout())  # functional dropout is on by default
+        stack.enter_context(handling(NO_DROPOUT))  # functional dropout is on by default
         yield
 
 

@@ -7,7 +7,7 @@ import transformers
 from torch import nn
 
 from fishkern import estimate_fisher
-from fishkern.scoring.choices import Choice, KnownChoices, Watch
+from fishkern.scoring.choices import Choice, KnownChoices, watching
 from tests.support.oracle import assert_exact
 from tests.support.problems import VOCAB, class_loss, ids, lora
 
@@ -158,7 +158,7 @@ def test_a_classifier_of_the_last_token_is_not_run_sample_by_sample():
 
 def noted(function):
     choices = []
-    with Watch(choices.append):
+    with watching(choices.append):
         function()
     return choices
 
