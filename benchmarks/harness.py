@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import importlib
 import importlib.util
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -106,6 +107,28 @@ def check_error(actual: torch.Tensor, truth: torch.Tensor, bound: float, what: s
     error = (actual.double() - truth).abs().max() / truth.abs().max()
     if not error <= bound:
         raise Wrong(f"{what}: relative error {error:.1e} > {bound:.0e}")
+
+
+def score_error(
+    found: Mapping[str, torch.Tensor], truth: Mapping[str, torch.Tensor]
+) -> tuple[float, str]:
+    """The largest error of Fisher scores, with the name of the tensor that it is in.
+
+    Relative to the tensor's largest true score; a tensor that is zero but for rounding is measured
+    by 1e-4 of the model's largest.
+
+    Raises:
+        Wrong: The scores are of other parameters.
+    """
+    if set(found) != set(truth):
+        raise Wrong(f"scores of other parameters: {sorted(set(found) ^ set(truth))[:3]}")
+    largest = {name: true.max().item() for name, true in truth.items()}
+    least = 1e-4 * max(largest.values())
+    errors = []
+    for name, true in truth.items():
+        apart = (found[name].double() - true).abs().nan_to_num(nan=math.inf, posinf=math.inf)
+        errors.append((apart.max().item() / max(largest[name], least), name))
+    return max(errors)
 
 
 def alternate(runs: Mapping[str, Run], device: str, seconds: float, min_rounds: int) -> Times:

@@ -74,4 +74,5 @@ def _commit() -> str:
         changed = git("status", "--porcelain", "--", "fishkern", "csrc", "benchmarks/*.py")
         return git("rev-parse", "--short", "HEAD") + ("-changed" if changed else "")
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("GIT_COMMIT", "unknown")  # for copies without a repository
+        # A copy without its repository, as it is brought to a machine with a GPU, is told it.
+        return os.environ.get("GIT_COMMIT", "unknown")

