@@ -1,4 +1,8 @@
-"""fishkern: train only the weights that matter, at the cost of those weights."""
+"""Train only the weights that matter.
+
+Exact per-sample Fisher scores in one backward pass, exact selection, and optimizer state for the
+selected weights alone.
+"""
 
 from fishkern import functional
 from fishkern._dispatch import use_backend

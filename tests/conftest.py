@@ -3,6 +3,9 @@
 import os
 from contextlib import nullcontext
 
+# Before torch is imported: tests are small, and threads of theirs would only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 if not torch.cuda.is_available():

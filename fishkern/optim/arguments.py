@@ -20,7 +20,7 @@ def unwatched_step(step: Callable[..., Any]) -> Callable[..., Any]:
 
     The wrapper takes as long as a small model's entries, so it is left out where it has nothing
     to do. Torch wraps no step that says that it is ``hooked``. Under ``torch.compile`` a step runs
-    as it is between two graphs, as torch's own fused ones do: there is one launch and nothing to
+    as it is between two graphs, as torch's own fused ones do: there are few launches and nothing to
     fuse it with, and a graph would be made anew for each learning rate.
     """
     watched = torch.optim.Optimizer.profile_hook_step(step)

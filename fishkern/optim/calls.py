@@ -12,10 +12,10 @@ from fishkern import _ops
 from fishkern.optim.cohorts import Sorting
 from fishkern.optim.plans import Batch, Call, Packed
 from fishkern.optim.quantized import SCALES
-from fishkern.training.leaves import is_sharded, mark_agreed
+from fishkern.training.leaves import is_sharded, mark_settled
 
 
-def run(
+def run_call(
     call: Call, group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None
 ) -> None:
     """Call the op, which or around which the step counts are raised.
@@ -54,7 +54,7 @@ def run(
             torch._foreach_copy_(_chosen(call, batch.settled.views), masters)
         torch.autograd.graph.increment_version(masters)
         if batch.device.type == "cuda":
-            mark_agreed(_chosen(call, batch.params))
+            mark_settled(_chosen(call, batch.params))
 
 
 def _run_packed(call: Call, amsgrad: bool, options: tuple[Any, ...]) -> None:

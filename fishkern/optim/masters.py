@@ -56,7 +56,7 @@ def restore_masters(masters: list[tuple[Tensor, Tensor]]) -> None:
     """Put the values into the leaves, and their roundings into the weights."""
     for leaf, values in masters:
         leaf.copy_(values)
-        leaves.settle(leaf)
+        leaves.sync(leaf)
 
 
 def _places(saved: Groups, own: Groups) -> Iterator[tuple[Any, Tensor]]:

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fishkern.names import some
 from fishkern.optim.arguments import CAPTURABLE
-from fishkern.optim.calls import run
+from fishkern.optim.calls import run_call
 from fishkern.optim.checkpoint import MOMENTS
 from fishkern.optim.plans import Call, State
 from fishkern.optim.quantized import moment_of
-from fishkern.optim.roles import shorten
 from fishkern.training import leaves
 
 OURS = {"fishkern", "torch"}  # whose frames lie between a training loop and a step
@@ -137,7 +137,7 @@ class Numerics:
             raise ValueError(SHARDED)
         touched = [_touched(call, group, state) for call, group in calls]
         for call, group in calls:
-            run(call, group, *amp)
+            run_call(call, group, *amp)
         if not touched:
             return
         odd = [not_finite(entries) for entries in touched]
@@ -194,7 +194,7 @@ def _refuse(touched: Sequence[Touched]) -> None:
         if (g := entry.param.grad) is not None and not entry.entries_of(g).isfinite().all()
     ]
     why = (
-        f"with NaN or infinity in the gradients of {shorten(grads)}"
+        f"with NaN or infinity in the gradients of {some(grads)}"
         if grads
         else "though the gradients are finite: their squares or the values overflow"
     )

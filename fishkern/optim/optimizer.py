@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fishkern.optim.arguments import as_groups, check_options, unwatched_step
-from fishkern.optim.calls import run
+from fishkern.optim.calls import run_call
 from fishkern.optim.checkpoint import (
     MASK_ELSEWHERE,
     add_masks,
@@ -79,7 +79,7 @@ class FishSparseAdamW(torch.optim.Optimizer):
         unlisted: What becomes of a trainable parameter that the mask does not know: "error",
             "train" (the whole of it) or "freeze" (it stays in its group, but never changes).
         maximize: Ascend instead of descend.
-        foreach: Accepted as by AdamW, without effect: all tensors take one launch anyway.
+        foreach: Accepted as by AdamW, without effect: a step is a few calls anyway.
         capturable: Keep the step counts on the parameters' device, for CUDA graphs; call ``step()``
             once before capturing.
         differentiable: Not available.
@@ -305,7 +305,7 @@ class FishSparseAdamW(torch.optim.Optimizer):
                 self._numerics.run(calls, self.state, amp)
                 return loss
             for call, group in calls:
-                run(call, group, *amp)
+                run_call(call, group, *amp)
         return loss
 
     def _plan(self, i: int, group: dict[str, Any]) -> Plan:

@@ -78,7 +78,7 @@ class Plan:
 
     params: list[Tensor]
     batches: list[Batch]
-    homes: int  # which state of the leaves' homes it was made for
+    generation: int  # which state of the leaves' homes it was made for
 
     def holds(self, params: Sequence[Tensor]) -> bool:
         """Whether these are the very same parameters, where they were.
@@ -90,7 +90,7 @@ class Plan:
             len(params) == len(self.params)
             and all(map(is_, params, self.params))
             and all(batch.params[0].device == batch.device for batch in self.batches)
-            and self.homes == leaves.generation()
+            and self.generation == leaves.generation()
         )
 
 

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fishkern.names import some
 from fishkern.optim.checkpoint import MOMENTS, check_mask
 from fishkern.optim.cohorts import transfer
-from fishkern.optim.roles import check_unsharded, group_owners, index_of, leaf_owner, shorten
+from fishkern.optim.roles import check_unsharded, group_owners, index_of, leaf_owner
 from fishkern.selection.masks import SparseMask
 
 Groups = list[dict[str, Any]]
@@ -57,7 +58,7 @@ def remasked(
     """
     if owners := group_owners(groups):
         raise ValueError(
-            f"the optimizer trains leaves of train_only, of {shorten(sorted(owners))}: call "
+            f"the optimizer trains leaves of train_only, of {some(sorted(owners))}: call "
             f"handle.set_mask(new_mask, optimizer), which makes them anew"
         )
     check_mask(new, groups, unlisted)
@@ -107,7 +108,7 @@ def check_leaves(
     homeless = [name for name in new if len(new[name]) and name not in known]
     if homeless and len(groups) > 1:
         raise ValueError(
-            f"the new mask selects in {shorten(homeless)}, which none of the optimizer's "
+            f"the new mask selects in {some(homeless)}, which none of the optimizer's "
             f"{len(groups)} groups has: give each group also the frozen weights of its tensors "
             f"(model.named_parameters() has them), or select only in known ones"
         )

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fishkern.names import canonical_name, suggest
+from fishkern.names import canonical_name, some, suggest
 from fishkern.selection.masks import BoundMask, SparseMask
 from fishkern.training import leaves
 
@@ -135,7 +135,7 @@ def admit(named: Named, mask: SparseMask, unlisted: str, owners: set[str]) -> Na
     if strangers and unlisted == "error":
         known = suggest(strangers[0], [name for name in mask if name not in dict(named)])
         raise ValueError(
-            f"{shorten(strangers)} {'is' if len(strangers) == 1 else 'are'} trainable but not in "
+            f"{some(strangers)} {'is' if len(strangers) == 1 else 'are'} trainable but not in "
             f'the mask: choose unlisted="train" to train them whole or unlisted="freeze" to leave '
             f"them as they are, or call requires_grad_(False) on them{known}"
         )
@@ -153,7 +153,7 @@ def check_distinct(names: Sequence[str], params: Sequence[Tensor], before: set[s
     twice = [name for name, count in Counter([*before, *names]).items() if count > 1]
     if twice:
         raise ValueError(
-            f"two parameters are named {shorten(twice)} (without wrappers' prefixes): pass each "
+            f"two parameters are named {some(twice)} (without wrappers' prefixes): pass each "
             f"parameter once, under a name of its own"
         )
 
@@ -194,7 +194,7 @@ def check_answered(names: Iterable[str], mask: SparseMask) -> None:
     missing = [name for name in mask if name not in present and mask[name].numel()]
     if missing:
         raise ValueError(
-            f"the mask selects entries of {shorten(missing)}, but the optimizer has no such "
+            f"the mask selects entries of {some(missing)}, but the optimizer has no such "
             f"parameter{suggest(missing[0], present - set(mask))}: pass all of "
             f"model.named_parameters(), add the missing group, or select among the parameters "
             f"that are there"
@@ -219,12 +219,6 @@ def check_group(group: dict[str, Any], groups: Iterable[dict[str, Any]], mask: S
         if name in mask and leaf_owner(name) is None:
             check_dense(name, param, mask)
             check_unsharded(name, param)
-
-
-def shorten(names: Sequence[str]) -> str:
-    """The first few of the names, quoted, and how many more there are."""
-    text = ", ".join(map(repr, names[:5]))
-    return f"{text} and {len(names) - 5} more" if len(names) > 5 else text
 
 
 def check_dense(name: str, param: Tensor, mask: SparseMask) -> None:

@@ -49,11 +49,13 @@ def estimate_fisher(
     over its tokens, then squared, then averaged over the samples (Sung et al., "Training Neural
     Networks with Fixed Sparse Masks", 2021; Xue et al., "FISH-Tuning", 2025, equation 3).
 
-    The cost is that of one ordinary forward and backward a batch wherever a rule covers the layer
-    ("fused" in ``.routes``): its weight-gradient product is replaced by a kernel that squares per
-    sample. A parameter without a rule, or with a use that no rule saw, is scored by exact
-    one-sample passes over the same batch ("loop"); ``.reasons`` says why. So are all parameters
-    where loss_fn or the model takes gradients itself (a gradient penalty, forces).
+    ``.routes`` says how each parameter was scored, always exactly. "fused" costs about one ordinary
+    forward and backward a batch: a rule covers the layer, and a kernel that squares per sample
+    takes the place of its weight gradient; or a module multiplies or adds the parameter entry by
+    entry. "vmap": the module around it is run again for each sample's gradients. "loop":
+    one-sample passes over the same batch - of that module, where vmap cannot run it, or of the
+    model, for a use that no rule saw and wherever loss_fn or the model takes gradients itself (a
+    gradient penalty, forces). ``.reasons`` says why a parameter was not fused.
 
     The model is scored without dropout and with its norms in eval mode, and is left as it was:
     gradients, buffers, modes, hooks, classes, random state.

@@ -12,14 +12,6 @@ from fishkern.selection.masks import SparseMask
 from fishkern.training.leaves import is_sharded
 
 
-def has_compiled_parts(model: nn.Module) -> bool:
-    """A compiler would take who looks on for a part of the model."""
-    return any(
-        module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
-        for module in model.modules()
-    )
-
-
 def check_mask(params: Mapping[str, nn.Parameter], mask: SparseMask) -> None:
     """Refuse a mask that does not fit the parameters, or selects what cannot be trained.
 

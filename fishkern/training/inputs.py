@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdRef
 
 from fishkern.functional.selected_grad import MOST_KEPT
-from fishkern.interception import Rule, Selection, Site
+from fishkern.interception import Rule, Selection
 from fishkern.training.makers import Made, gathered, made
 
 #: What was kept of each input last, by the input's id, as long as a backward pass needs it.
@@ -189,38 +189,6 @@ class _Company:
 
     readers: Sequence[Reader]
     columns: Tensor | None
-
-
-class TrainingCall:
-    """One call of a module in training, as the consumer of what is intercepted.
-
-    Args:
-        reader: The module as a reader.
-        dtypes: Those of the gradients to be made, by the parameters' local names.
-    """
-
-    def __init__(self, reader: Reader, dtypes: Mapping[str, torch.dtype]) -> None:
-        self._reader, self._dtypes = reader, dtypes
-        self._way: Way | None = None
-
-    def keep(self, x: Tensor, dtype: torch.dtype) -> Sequence[Tensor]:
-        """What the backward pass needs of the input."""
-        tensors, self._way = self._reader.keep(x, dtype)
-        return tensors
-
-    def __call__(self, site: Site, kept: Sequence[Tensor], grad_out: Tensor) -> list[Tensor]:
-        """The gradients of the leaves, and of the parameters that are trained whole."""
-        way, grads = self._way, []
-        assert way is not None
-        for name, dtype in self._dtypes.items():
-            selection = self._reader.selections[name]
-            features = way.features(None if selection is None else selection.columns, kept)
-            if selection is None:
-                grad = site.rule.param_grad(site.module, name, features, grad_out)
-            else:
-                grad = site.rule.selected_grad(site.module, name, selection, features, grad_out)
-            grads.append(grad.to(dtype))
-        return grads
 
 
 def _is_kept_elsewhere() -> bool:

@@ -18,7 +18,7 @@ CHILD = "fishkern_leaves"  # the name of the child module that holds an owner's 
 INDICES = "_indices"
 SETTLED = "_settled"
 
-#: Where each leaf's values belong, for the optimizer's kernel: leaf -> (its module, local name).
+#: leaf -> (a weak reference to the Leaves that hold it, its local name); (None, "") once removed.
 _homes: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 SHARDED = (
@@ -88,7 +88,7 @@ def pack_settled(leaves: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     return packed, parts
 
 
-def mark_agreed(leaves: Sequence[Tensor]) -> None:
+def mark_settled(leaves: Sequence[Tensor]) -> None:
     """Leaves that were just written together with their weights and ``Home.settled``.
 
     Until a version counter moves nothing is compared then, where that takes launches.
@@ -124,11 +124,11 @@ def is_master(tensor: Tensor) -> bool:
     return owner is not None and bool(owner.home(name).weight.dtype != tensor.dtype)
 
 
-def settle(leaf: Tensor) -> None:
+def sync(leaf: Tensor) -> None:
     """Bring a leaf and its weight together; nothing is done for other tensors."""
     leaves, _ = _homes.get(leaf, (None, ""))
     if leaves is not None and (owner := leaves()) is not None:
-        owner.reconcile()
+        owner.sync()
 
 
 class Leaves(nn.Module):
@@ -139,7 +139,7 @@ class Leaves(nn.Module):
 
     Each value exists twice, in its leaf and in its weight, and either may be written by others:
     optimizers and averages write leaves; loading, merging and users write weights, also through
-    ``.data``, which no version counter sees. ``reconcile`` therefore compares both with what both
+    ``.data``, which no version counter sees. ``sync`` therefore compares both with what both
     were when it last ran, entry by entry.
     """
 
@@ -183,7 +183,7 @@ class Leaves(nn.Module):
         return any(leaf is not None and leaf.is_cuda for leaf in self._parameters.values())
 
     @torch.no_grad()
-    def reconcile(self, *, thorough: bool = True, strict: bool = False) -> None:
+    def sync(self, *, thorough: bool = True, strict: bool = False) -> None:
         """Bring leaf and weight together.
 
         A weight's entry that was written goes to the leaf - unless it is the leaf's own rounding,
@@ -243,18 +243,18 @@ class Leaves(nn.Module):
             _removed[leaf] = None
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        self.reconcile()  # the owner's tensors are in the dict already; they share their memory
+        self.sync()  # the owner's tensors are in the dict already; they share their memory
 
     def _load_from_state_dict(self, *args: Any) -> None:
         # The owner's tensors were loaded just before, possibly replaced (assign=True).
         self._register()
-        self.reconcile()
+        self.sync()
         for _, _, weight, _, _ in self.items():
             weight.requires_grad_(False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Leaves:
         """Follow the model to another device, but not to another dtype."""
-        self.reconcile()
+        self.sync()
 
         def move(tensor: Tensor) -> Tensor:
             moved = fn(tensor)

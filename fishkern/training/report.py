@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fishkern.interception import rule_for
+from fishkern.training.layers import forward_by_rule
 from fishkern.training.leaves import CHILD, INDICES
 
 _TITLES = ("tensor", "layer", "trained", "of", "columns", "rows", "kept", "work", "gradient")
@@ -54,7 +55,7 @@ def _row(module: nn.Module, local: str, name: str, index: Tensor) -> tuple[str, 
         row = index.div(weight.shape[1], rounding_mode="floor")
         rows = f"{len(row.unique()) / weight.shape[0]:.1%}"
     kept, work, gradient = "-", "-", _DENSE
-    if "forward" in type(module).__dict__:
+    if type(module).forward is forward_by_rule:
         rule, reader = rule_for(module), leaves.reader
         assert rule is not None
         if reader is None:  # no training forward yet

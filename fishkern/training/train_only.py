@@ -10,15 +10,16 @@ import torch
 from torch import nn
 
 from fishkern.interception import ATTACHMENT, exchange_class, original_class, rule_for
-from fishkern.names import named_parameters
+from fishkern.names import named_parameters, some
 from fishkern.selection.masks import SparseMask
-from fishkern.training.alias import is_traced, owner_members
-from fishkern.training.checks import check_mask, check_unshared, has_compiled_parts
+from fishkern.training.checks import check_mask, check_unshared
 from fishkern.training.leaves import CHILD, SHARDED, Leaves, gather, is_sharded, wide_dtype
+from fishkern.training.owners import owner_members
 from fishkern.training.remasking import carry_over
 from fishkern.training.report import report
 from fishkern.training.steps import follow, followed, forget
-from fishkern.training.watch import Watch
+from fishkern.training.tracing import has_compiled_parts, is_traced
+from fishkern.training.watch import ForwardWatch
 
 __all__ = ["Handle", "attached", "train_only"]
 
@@ -67,7 +68,7 @@ def train_only(model: nn.Module, mask: SparseMask, *, unlisted: str = "error") -
         raise ValueError(f'unlisted is {unlisted!r}: choose "error", "train" or "freeze"')
     if strangers and unlisted == "error":
         raise ValueError(
-            f"{', '.join(map(repr, strangers[:5]))}{' ...' if len(strangers) > 5 else ''} are "
+            f"{some(strangers)} {'is' if len(strangers) == 1 else 'are'} "
             f'trainable but not in the mask: choose unlisted="train" or unlisted="freeze", or call '
             f"requires_grad_(False) on them"
         )
@@ -131,7 +132,7 @@ class Handle:
     def sync(self) -> None:
         """Bring leaves and weights together (done after every optimizer step)."""
         for leaves in self._leaves():
-            leaves.reconcile()
+            leaves.sync()
 
     def report(self) -> str:
         """A table: each trained tensor, how its gradient is formed, and what that costs.
@@ -233,7 +234,7 @@ class Handle:
         """
         if self._watched or not torch.is_grad_enabled() or has_compiled_parts(self._model):
             return call()
-        watch = Watch(*self._weights_and_leaves())
+        watch = ForwardWatch(*self._weights_and_leaves())
         with watch:
             output = call()
         watch.check(output)
@@ -381,7 +382,7 @@ def _before_forward(model: nn.Module, args: Any) -> None:
     for leaves in handle._leaves():
         # On a GPU the full comparison would cost launches in each step: there, in training, only
         # what a version counter shows is looked at.
-        leaves.reconcile(thorough=not (model.training and leaves.on_gpu), strict=True)
+        leaves.sync(thorough=not (model.training and leaves.on_gpu), strict=True)
 
 
 def _check_model(model: nn.Module) -> None:

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from fishkern.names import some
+
 # What they return has no gradient for the weight in any training.
 _WITHOUT_GRADIENT = ("detach", "detach_", "data", "grad")
 
 
-class Watch(TorchFunctionMode):
+class ForwardWatch(TorchFunctionMode):
     """Notes which of the weights are used, and refuses a use in grad mode.
 
     Args:
@@ -68,12 +70,11 @@ class Watch(TorchFunctionMode):
         trained = self._used & self._leaves.keys()
         lost = [name for name in sorted(trained) if id(self._leaves[name]) not in reached]
         if lost:
-            shown = ", ".join(map(repr, lost[:5])) + (" ..." if len(lost) > 5 else "")
             raise RuntimeError(
-                f"{shown}: used in this forward, but no gradient comes to the selected entries. A "
-                f"checkpoint with use_reentrant=True gives none if its inputs require none: choose "
-                f"use_reentrant=False, or call model.enable_input_require_grads(). What runs under "
-                f"torch.no_grad() is not trained: leave it out of the mask"
+                f"{some(lost)}: used in this forward, but no gradient comes to the selected "
+                f"entries. A checkpoint with use_reentrant=True gives none if its inputs require "
+                f"none: choose use_reentrant=False, or call model.enable_input_require_grads(). "
+                f"What runs under torch.no_grad() is not trained: leave it out of the mask"
             )
 
 

@@ -42,7 +42,13 @@ INNER_LAYERS = {
         {"one_sample", "squares"},
     ],
     "selection": [{"select"}, {"masks"}],
-    "training": [{"train_only"}, {"alias", "report", "steps", "watch"}, {"inputs"}, {"makers"}],
+    "training": [
+        {"train_only"},
+        {"owners", "report", "steps", "watch"},
+        {"alias", "layers"},
+        {"inputs"},
+        {"makers"},
+    ],
     "optim": [
         {"optimizer"},
         {"numerics", "remasking"},

@@ -1,4 +1,4 @@
-"""Files that hold one idea: none is longer than that takes."""
+"""No Python file is longer than 400 lines: one that is holds more than one idea."""
 
 from pathlib import Path
 

@@ -65,7 +65,7 @@ AT_CONSTRUCTION = {
     "unlisted": (
         pairs,
         lambda m, k: {"mask": part(k, "0.weight", "0.bias")},
-        ["'2.weight', '2.bias', '3.weight', '3.bias'", 'unlisted="train"', 'unlisted="freeze"'],
+        ["'2.weight', '2.bias', '3.weight' and 1 more", 'unlisted="train"', 'unlisted="freeze"'],
     ),
     "unlisted_and_misspelt": (
         pairs,

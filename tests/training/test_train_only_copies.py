@@ -223,17 +223,17 @@ def test_what_agrees_is_compared_again_when_a_version_moves(monkeypatch):
     model(torch.randn(4, 6)).sum().backward()
     optimizer.step()
     owners = [module for module in model.modules() if isinstance(module, leaves.Leaves)]
-    leaves.mark_agreed(list(handle.parameters()))
+    leaves.mark_settled(list(handle.parameters()))
     compared = []
     gather = leaves.gather
     monkeypatch.setattr(leaves, "gather", lambda *args: compared.append(args) or gather(*args))
     for owner in owners:
-        owner.reconcile(thorough=False)
+        owner.sync(thorough=False)
     assert not compared
     with torch.no_grad():
         model[0]._parameters["weight"].add_(1.0)
     for owner in owners:
-        owner.reconcile(thorough=False)
+        owner.sync(thorough=False)
     assert len(compared) == 1
     index = leaves.home_of(dict(handle.named_parameters())["0.fishkern_leaves.weight"]).indices
     found = model[0]._parameters["weight"].detach().flatten()[index.long()]

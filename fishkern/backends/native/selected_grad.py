@@ -38,8 +38,10 @@ def linear_selected_grad_(
     grad_out, x = _restricted(grad_out, rows), _restricted(x, columns)
     size_o, size_i = grad_out.shape[1], x.shape[1]
     height = max(1, _BLOCK // max(size_i, 1))
-    edges = torch.arange(0, size_o + height, height) * size_i
-    ends = torch.searchsorted(indices.long(), edges).tolist()
+    ends = [0, len(indices)]
+    if size_o > height:
+        edges = torch.arange(0, size_o + height, height) * size_i
+        ends = torch.searchsorted(indices.long(), edges).tolist()
     for block, (begin, end) in enumerate(pairwise(ends)):
         if begin == end:
             continue
