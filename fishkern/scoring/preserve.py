@@ -20,7 +20,8 @@ def _identity(function: Any, args: Any, kwargs: Any) -> Any:
 
 def _undropped_attention(function: Any, args: Any, kwargs: Any) -> Any:
     args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
-    return function(*args, **({**kwargs, "dropout_p": 0.0} if "dropout_p" in kwargs else kwargs))
+    kwargs = {**kwargs, "dropout_p": 0.0} if "dropout_p" in kwargs else kwargs
+    return function(*args, **kwargs)
 
 
 #: Makes functional dropout the identity, which no module's mode switches off.

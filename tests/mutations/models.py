@@ -51,7 +51,11 @@ MUTANTS = (
     Mutant(
         8,
         "functional dropout stays on",
-        instead(PRESERVE, "if func in self.identities:", "if False:"),
+        instead(
+            PRESERVE,
+            'return args[0] if args else kwargs["input"]',
+            "return function(*args, **kwargs)",
+        ),
         "test_pitfall_08_dropout_and_batch_statistics",
     ),
     Mutant(

@@ -16,6 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 import fishkern
 from fishkern import estimate_fisher
+from fishkern.scoring.preserve import NO_DROPOUT
+from fishkern.scoring.torch_functions import handling
 from tests.support.oracle import squared_error
 from tests.support.problems import PROBLEMS, llama
 
@@ -350,3 +352,20 @@ def test_what_is_no_candidate_keeps_its_gradient(held, checkpointing):
     assert all(score.count_nonzero() for score in scores.values())
     for tensor, grad in zip((outside, x), before, strict=True):
         assert (tensor.grad is None) if grad is None else torch.equal(tensor.grad, grad)
+
+
+DROPOUTS = {
+    2: [F.dropout, F.alpha_dropout, torch.dropout, torch.alpha_dropout],
+    3: [F.dropout1d, F.feature_alpha_dropout, torch.feature_dropout, torch.feature_alpha_dropout],
+    4: [F.dropout2d],
+    5: [F.dropout3d],
+}
+
+
+@pytest.mark.parametrize("dims", DROPOUTS)
+def test_functional_dropout_of_every_kind_is_the_identity(dims):
+    x = torch.randn(64, *range(2, dims + 1))
+    for dropout in DROPOUTS[dims]:
+        assert not torch.equal(dropout(x, 0.5, True), x)
+        with handling(NO_DROPOUT), handling({"add": lambda *_: None}):
+            assert dropout(x, 0.5, True) is x
