@@ -17,6 +17,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from fishkern.names import some
 from fishkern.training import leaves
 
 
@@ -33,14 +34,14 @@ class Followed(Protocol):
 
 
 _followed: weakref.WeakSet[Any] = weakref.WeakSet()
-_uncompared: weakref.WeakSet[Any] = weakref.WeakSet()  # whose gradients no rank has compared yet
+_unstepped: weakref.WeakSet[Any] = weakref.WeakSet()  # whose leaves have not made a step yet
 
 
 def follow(handle: Followed) -> None:
     """Let this handle's weights follow its leaves after each optimizer's step."""
     _register_hooks()
     _followed.add(handle)
-    _uncompared.add(handle)
+    _unstepped.add(handle)
 
 
 def followed() -> set[Any]:
@@ -51,7 +52,7 @@ def followed() -> set[Any]:
 def forget(handle: Followed) -> None:
     """Nothing is done any more after steps."""
     _followed.discard(handle)
-    _uncompared.discard(handle)
+    _unstepped.discard(handle)
 
 
 @functools.cache  # once, and not before anything is attached: every optimizer's step pays for it
@@ -61,16 +62,17 @@ def _register_hooks() -> None:
 
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    """Refuse leaves that train nothing, and gradients that the ranks do not share."""
+    """Refuse what would train nothing, and gradients that the ranks do not share."""
     if torch.compiler.is_compiling():
         return
     if leaves.any_removed():
         for group in optimizer.param_groups:
             for param in group["params"]:
                 leaves.home_of(param)  # refuses those
-    for handle in [handle for handle in _uncompared if _holds(optimizer, handle)]:
-        if compare_ranks(dict(handle.named_parameters())):
-            _uncompared.discard(handle)
+    for handle in list(_unstepped):
+        _check_built_after(optimizer, handle)
+        if _holds(optimizer, handle) and compare_ranks(dict(handle.named_parameters())):
+            _unstepped.discard(handle)
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -81,9 +83,35 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         handle.sync()
 
 
+def _held(optimizer: Optimizer) -> set[int]:
+    return {id(param) for group in optimizer.param_groups for param in group["params"]}
+
+
 def _holds(optimizer: Optimizer, handle: Followed) -> bool:
-    held = {id(param) for group in optimizer.param_groups for param in group["params"]}
+    held = _held(optimizer)
     return any(id(leaf) in held for _, leaf in handle.named_parameters())
+
+
+def _check_built_after(optimizer: Optimizer, handle: Followed) -> None:
+    """Refuse an optimizer of weights that are frozen now, and whose leaves it does not have.
+
+    Raises:
+        RuntimeError: Names the weights.
+    """
+    held = _held(optimizer)
+    stale = [
+        name.replace(leaves.CHILD + ".", "")
+        for name, leaf in handle.named_parameters()
+        if id(leaf) not in held
+        and (home := leaves.home_of(leaf)) is not None
+        and id(home.weight) in held
+    ]
+    if stale:
+        raise RuntimeError(
+            f"the {type(optimizer).__name__} holds {some(stale)}, frozen by train_only, without "
+            f"the leaves that are trained in their place: build the optimizer after train_only, "
+            f"of model.named_parameters()"
+        )
 
 
 def compare_ranks(named: dict[str, nn.Parameter]) -> bool:
