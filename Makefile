@@ -1,5 +1,6 @@
 # The tasks of a developer.
 PYTHON ?= python
+# How long `make gpu` may take.
 MINUTES ?= 10
 # The core that peft-table is timed on; PIN= where there is no taskset.
 PIN ?= taskset -c 0

@@ -64,6 +64,15 @@ INNER_LAYERS = {
         {"rules"},
     ],
 }
+# Of benchmarks/, from the top to the bottom.
+BENCHMARKS = [
+    {"run", "gpu", "plot", "studies"},
+    {"cases"},
+    {"contenders"},
+    {"workloads"},
+    {"memory"},
+    {"harness", "machine"},
+]
 # The two consumers of interception do not know each other.
 STRANGERS = [({"scoring"}, {"training", "optim"})]
 HEAVY = {"triton", "transformers", "peft", "accelerate", "datasets", "matplotlib"}
@@ -208,6 +217,18 @@ def test_outsiders_use_public_names(folder):
                 "backends" in parts or any(part.startswith("_") for part in parts)
             ):
                 wrong.append(f"{path.relative_to(ROOT)} imports {target}")
+    assert wrong == []
+
+
+def test_benchmarks_point_down_and_know_no_tests():
+    places = {name: number for number, names in enumerate(BENCHMARKS) for name in names}
+    wrong = []
+    for path in sorted((ROOT / "benchmarks").rglob("*.py")):
+        source = module_name(path)
+        for target in imports(path, nodes=ast.iter_child_nodes):
+            up = target.startswith("benchmarks.") and places[unit(target)] < places[unit(source)]
+            if up or target.startswith("tests"):
+                wrong.append(f"{source} imports {target}")
     assert wrong == []
 
 
