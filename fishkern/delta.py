@@ -64,6 +64,7 @@ def save_delta(
         ValueError: The base has other names, shapes or dtypes, or shares its memory with the model;
             nothing changed, or something outside the mask did; a tensor is sharded or on "meta"; a
             pattern matches nothing.
+        TypeError: The model is no ``nn.Module``, or the base neither one nor a mapping.
 
     Example:
         >>> import copy, tempfile, torch, fishkern

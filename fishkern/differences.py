@@ -28,10 +28,16 @@ def matched(model: nn.Module, base: Base) -> dict[str, tuple[Tensor, Tensor]]:
 
     Raises:
         ValueError: As in ``save_delta``.
+        TypeError: The model is none, or the base is neither a model nor a mapping.
     """
     own = tensors_of(model)
     if isinstance(base, nn.Module):
         found: Mapping[str, Tensor] = tensors_of(base)
+    elif not isinstance(base, Mapping):
+        raise TypeError(
+            f"base is a {type(base).__name__}: pass the model as it was before training, or a copy "
+            f"of its state_dict()"
+        )
     else:
         tensors = [(name, value) for name, value in base.items() if isinstance(value, Tensor)]
         found = by_canonical_name(tensors, "base")
@@ -73,7 +79,10 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
 
     Raises:
         ValueError: A tensor is sharded, or has no values yet.
+        TypeError: The model is none.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"a {type(model).__name__} in the place of a model: pass the nn.Module")
     if (handle := attached(model)) is not None:
         handle.sync()
     found = {n: p.detach() for n, p in named_parameters(model).items() if CHILD not in n.split(".")}
