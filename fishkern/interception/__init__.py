@@ -4,8 +4,8 @@
 ``conv`` register theirs (``selected``: the selected entries of a matrix). ``capture`` runs a
 module through its rule and hands over its tensors. For parameters that no rule covers
 ``elementwise`` follows what a module's own forward multiplies and adds (``put_in``: where it meets
-an activation), and ``rerun`` runs a module again for each sample's gradients (``runners``: which
-modules can be).
+an activation), and ``rerun`` runs a module again for each sample's gradients
+(``find_reruns``: which modules can be).
 Who consumes all that - Fisher accumulation, the selected gradient - is not known here.
 """
 

@@ -56,7 +56,7 @@ INNER_LAYERS = {
         {"arguments", "plans", "scaler"},
     ],
     "interception": [
-        {"runners"},
+        {"find_reruns"},
         {"rerun"},
         {"elementwise", "conv"},
         {"linear", "put_in"},
