@@ -12,15 +12,17 @@ from torch import nn
 from fishkern import FishSparseAdamW, SparseMask, create_fish_optimizer
 from tests.support.optim import bits, copies, kernel, make_model  # noqa: F401
 from tests.support.remasking import EntryOracle, backward, some_mask
+from tests.support.tolerances import assert_matches
+
+STEPS = 40  # the most that are compared
 
 
 def assert_follows(optimizer, model, oracle):
     for name, param in model.named_parameters():
-        assert torch.allclose(param.double(), oracle.p[name], rtol=2e-5, atol=2e-6), name
+        assert_matches(param.detach(), oracle.p[name], terms=STEPS)
         state, on = optimizer.state[param], oracle.on[name]
         for kind, truth in (("exp_avg", oracle.m), ("exp_avg_sq", oracle.v)):
-            value = state[kind].double().flatten()
-            assert torch.allclose(value, truth[name][on], rtol=1e-4, atol=1e-7), (name, kind)
+            assert_matches(state[kind].flatten(), truth[name][on], terms=STEPS)
         counts = state["step"]
         if "cohorts" in state:
             assert len(counts.unique()) == len(counts) > 1
@@ -42,7 +44,7 @@ def test_each_entry_has_its_own_step_count(kernel, options):  # noqa: F811
     optimizer = FishSparseAdamW(model.named_parameters(), mask=mask, **options)
     oracle = EntryOracle(model, mask, **{**options, "lr": 1e-2})
     ever = {n: mask.dense(n) for n in mask}
-    for i in range(40):
+    for i in range(STEPS):
         if i and i % 8 == 0:
             mask = some_mask(model, i // 8)
             optimizer.set_mask(mask)

@@ -10,6 +10,7 @@ from fishkern.scoring.passes import Scoring
 from fishkern.scoring.sample_scores import SampleScores
 from tests.support.images import C, N, O, Twice, assert_fused, conv2d, images, net
 from tests.support.oracle import assert_exact, squared_error
+from tests.support.tolerances import SCORE
 from tests.support.training import random_mask
 
 PADDING = [
@@ -215,4 +216,4 @@ def test_sums_by_sample():
         )
         squares = dict(zip(candidates, (g.square().flatten() for g in grads), strict=True))
         expected.append(sum(squares[name][mask[name].long()].sum() for name in mask))
-    torch.testing.assert_close(by_sample.result(), torch.stack(expected), rtol=1e-4, atol=0)
+    torch.testing.assert_close(by_sample.result(), torch.stack(expected), rtol=SCORE, atol=0)

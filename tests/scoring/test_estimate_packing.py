@@ -9,7 +9,7 @@ from fishkern import FisherVerificationError, estimate_fisher
 from fishkern.batches.packing import Packing
 from tests.support.oracle import fisher_oracle
 from tests.support.problems import gpt2, ids, llama, lora, next_token_loss, quiet
-from tests.support.tolerances import assert_scores_match
+from tests.support.tolerances import SCORE, assert_scores_match
 
 LENGTHS = (5, 3, 1, 7)
 
@@ -164,7 +164,7 @@ def test_sums_by_sample():
     for n, sample in enumerate(alone(batch)):
         truth = fisher_oracle(model, [sample], lambda *a: token_losses(*a).sum(), list(scores))
         total = sum(t.sum() for t in truth.values())
-        assert torch.isclose(scores.sample_scores[n].double(), total, rtol=1e-5)
+        assert torch.isclose(scores.sample_scores[n].double(), total, rtol=SCORE)
 
 
 def test_labels_may_be_drawn():

@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fishkern import SparseMask, estimate_fisher
 from tests.support.oracle import fisher_oracle
-from tests.support.tolerances import assert_scores_match
+from tests.support.tolerances import SCORE, assert_scores_match
 
 N, T, H = 5, 4, 6
 
@@ -138,7 +138,7 @@ def test_sums_by_sample():
             loss = losses(model, (x[n : n + 1].double(), y[n : n + 1].double())).sum()
             (grad,) = torch.autograd.grad(loss, model.middle.factors["a"])
             expected.append(grad.flatten()[[0, 3]].square().sum())
-    torch.testing.assert_close(found.double(), torch.stack(expected), rtol=1e-5, atol=0)
+    torch.testing.assert_close(found.double(), torch.stack(expected), rtol=SCORE, atol=0)
 
 
 def test_an_error_in_the_pass_leaves_the_model_as_it_was():

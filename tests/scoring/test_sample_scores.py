@@ -69,8 +69,7 @@ def test_scores_do_not_depend_on_it_and_it_is_none_where_not_asked_for():
     model, batch = problem.model(), problem.batch()
     plain, both = score(model, [batch]), score(model, [batch], sample_scores=True)
     assert plain.sample_scores is None
-    for name, scores in plain.items():
-        torch.testing.assert_close(scores, both[name], rtol=1e-5, atol=1e-12)
+    assert_scores_match(plain, both)
     assert plain.routes == both.routes
 
 
