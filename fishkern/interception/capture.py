@@ -12,12 +12,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fishkern.interception.rules import Rule, original_class
+
+R = TypeVar("R")
 
 #: Called in the backward pass with (site, x, grad_out) - in x's place what the site's ``keep``
 #: returned, if it has one; its return value is the gradients of the anchors that
@@ -41,27 +43,38 @@ class Site:
     keep: Callable[[Tensor, torch.dtype], Sequence[Tensor]] | None = None
 
 
+def differentiable_once(backward: Callable[..., R]) -> Callable[..., R]:
+    """``once_differentiable``, at no cost where no second derivative is asked for."""
+    once: Callable[..., R] = torch.autograd.function.once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def run(*args: Any) -> R:
+        return (once if torch.is_grad_enabled() else backward)(*args)
+
+    return run
+
+
 class _Intercepted(torch.autograd.Function):
     """``y = module(x)``; inputs: x, the module's own parameters, the anchors."""
 
     @staticmethod
     def forward(ctx: Any, site: Site, num_params: int, x: Tensor, *tensors: Tensor) -> Tensor:
-        device = x.device.type
-        autocast = torch.is_autocast_enabled(device)
-        ctx.site, ctx.x_dtype, ctx.num_params = site, x.dtype, num_params
-        ctx.num_anchors = len(tensors) - num_params
-        ctx.autocast = (device, torch.get_autocast_dtype(device), autocast)
-        ctx.set_materialize_grads(False)
-        given, dtype = x, x.dtype
-        if autocast and site.rule.autocasts and dtype != torch.float64:
-            # The layer would cast its input: keep the cast, as the ordinary graph does.
-            dtype = torch.get_autocast_dtype(device)
-            x = x.to(dtype)
-        kept: Sequence[Tensor] = [x]
-        if site.keep is not None:
-            kept = site.keep(given, dtype)
-        elif site.names and not site.rule.reads_input(site.names):
-            kept = [x.new_zeros(()).expand(x.shape)]  # only the shape: x may be changed in place
+        with torch._C.DisableTorchFunction():  # none of this is the model's
+            device, dtype, given = x.device.type, x.dtype, x
+            autocast = torch.is_autocast_enabled(device)
+            ctx.site, ctx.x_dtype, ctx.num_params = site, dtype, num_params
+            ctx.num_anchors = len(tensors) - num_params
+            ctx.autocast = (device, torch.get_autocast_dtype(device), autocast)
+            ctx.set_materialize_grads(False)
+            if autocast and site.rule.autocasts and dtype != torch.float64:
+                # The layer would cast its input: keep the cast, as the ordinary graph does.
+                dtype = torch.get_autocast_dtype(device)
+                x = x.to(dtype)
+            kept: Sequence[Tensor] = [x]
+            if site.keep is not None:
+                kept = site.keep(given, dtype)
+            elif site.names and not site.rule.reads_input(site.names):
+                kept = [x.new_zeros(()).expand(x.shape)]  # the shape: x may be changed in place
         ctx.num_kept = len(kept)
         # The parameters are kept so that autograd notices if somebody writes to them.
         ctx.save_for_backward(*kept, *tensors[:num_params])
@@ -81,7 +94,7 @@ class _Intercepted(torch.autograd.Function):
         return _Intercepted._grads(ctx, grad_out)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def _grads(ctx: Any, grad_out: Tensor | None) -> tuple[Any, ...]:
         nothing = (None,) * ctx.num_params
         if grad_out is None:

@@ -352,8 +352,9 @@ def _read(name: str, owner: nn.Module) -> Tensor:
     assert param is not None
     if is_paused() or param is not params[name]:  # functional_call put another in its place
         return param
-    alias = param.view_as(param)
-    tracked = Tracked.make(alias, {alias: sites[name]}, consume)
-    tracked.slope = param.new_ones(()).expand(param.shape)
+    with torch._C.DisableTorchFunction():
+        alias = param.view_as(param)
+        tracked = Tracked.make(alias, {alias: sites[name]}, consume)
+        tracked.slope = param.new_ones(()).expand(param.shape)
     tracked._is_param = True  # isinstance(tracked, nn.Parameter) holds
     return tracked

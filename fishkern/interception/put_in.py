@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fishkern.interception.capture import Site, autocast
+from fishkern.interception.capture import Site, autocast, differentiable_once
 
 #: Called in the backward pass with (use, grad_out).
 UseConsumer = Callable[["Use", Tensor], None]
@@ -88,7 +88,7 @@ class _PutIn(torch.autograd.Function):
         return use.value.detach().expand(use.shape)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_out: Tensor | None) -> tuple[None, ...]:
         if grad_out is not None:
             with autocast(grad_out.device.type, None, enabled=False):

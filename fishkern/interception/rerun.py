@@ -20,7 +20,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from fishkern.interception.capture import Site, autocast, is_paused, paused, subclass
+from fishkern.interception.capture import (
+    Site,
+    autocast,
+    differentiable_once,
+    is_paused,
+    paused,
+    subclass,
+)
 from fishkern.interception.elementwise import RULE
 from fishkern.interception.rules import original_class
 
@@ -307,7 +314,7 @@ class _Passed(torch.autograd.Function):
         return y.clone()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_out: Tensor | None) -> tuple[Any, ...]:
         if grad_out is not None:
             call: Call = ctx.call

@@ -81,12 +81,12 @@ class FisherAccumulator:
         self.broadcast = broadcast
         self.strays = set(self.params).difference(names)  # scored elsewhere: nothing is held
         with ExitStack() as stack:
-            stack.callback(self.uses.clear)
-            stack.callback(self.ready.clear)
-            stack.callback(self.head_rows.clear)
-            for name in names:
-                hook = self.params[name].register_hook(partial(self._completed, name))
-                stack.enter_context(hook)
+            for held in (self.uses, self.ready, self.head_rows):
+                stack.callback(held.clear)
+            with torch._C.DisableTorchFunction():
+                for name in names:
+                    hook = self.params[name].register_hook(partial(self._completed, name))
+                    stack.enter_context(hook)
             stack.enter_context(watching(self.layouts.note_choice, self._differentiated))
             yield
 
@@ -280,13 +280,14 @@ class FisherAccumulator:
             self.spoiled.add(name)
 
     def _drop(self, name: str) -> None:
-        self.uses.pop(name, None)
-        self.ready.pop(name, None)
-        self.head_rows.pop(name, None)
+        for held in (self.uses, self.ready, self.head_rows):
+            held.pop(name, None)
 
     @unwatched
     def _completed(self, name: str, grad: Tensor | None) -> None:
         self._differentiated()  # if this is no backward pass of ours
+        if self.differentiated:
+            return  # all that was held is dropped
         if grad is not None:
             self._stray(name, "it has a use that no rule sees, outside its module or within it")
         elif name in self.uses or name in self.ready:
@@ -305,6 +306,7 @@ class FisherAccumulator:
                 self._accumulate(together)
 
     @unwatched
+    @torch.no_grad()  # as in the backward pass; x comes with the graph that made it
     def end_backward(self) -> None:
         """Accumulate what waited for the end of the pass; another over the graph may follow."""
         for name in [*self.uses, *self.ready]:
@@ -314,7 +316,6 @@ class FisherAccumulator:
         self.num_uses.clear()
         self.head_rows.clear()
 
-    @torch.no_grad()  # also after the backward pass; x comes with the graph that made it
     def _accumulate(self, names: list[str]) -> None:
         """Join the uses of parameters that are used together, square, add."""
         if names[0] in self.head_rows:

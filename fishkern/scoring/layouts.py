@@ -275,7 +275,10 @@ class Layouts:
         if layout.flattened:
             tensor = tensor.unflatten(layout.axis, (self.num_samples, -1))
             lead += 1
-        tensor = tensor.movedim(layout.axis, 0)
+        if layout.axis:
+            tensor = tensor.movedim(layout.axis, 0)
+        if lead == 2:
+            return tensor
         return tensor.flatten(1, lead - 1) if lead > 1 else tensor.unsqueeze(1)
 
     def by_sample(self, layout: Layout, use: Use, grad_out: Tensor) -> Tensor | None:

@@ -14,8 +14,8 @@ from fishkern.batches import samples
 from fishkern.batches.losses import LossFn
 from fishkern.batches.packing import packing_of
 from fishkern.interception import Site, elementwise, intercepted, original_class, rule_for
-from fishkern.interception.rerun import Rerun, rerunning
 from fishkern.interception.find_reruns import find_reruns
+from fishkern.interception.rerun import Rerun, rerunning
 from fishkern.scoring.accumulator import FisherAccumulator
 from fishkern.scoring.layouts import Noted
 from fishkern.scoring.one_sample import OneSamplePasses

@@ -42,8 +42,9 @@ def backward(loss: Tensor, params: Iterable[nn.Parameter], retain_graph: bool = 
     checkpointing.)
     """
     own = {id(param): param for param in params}
-    for param in own.values():
-        param.grad = None
+    with torch._C.DisableTorchFunction():
+        for param in own.values():
+            param.grad = None
     others = [leaf for leaf in _leaves(loss) if id(leaf) not in own]
     with _restored([_grad(leaf) for leaf in others]):
         for leaf in others:

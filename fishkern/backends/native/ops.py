@@ -22,12 +22,11 @@ def linear_fisher_(
     ``sum_n (g_n x_n^T)^2 = (g^2)^T x^2``, a plain matrix product, which torch may be allowed to do
     in less than float32; then it is not asked.
     """
-    precision = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
     if (
         x.shape[1:-1].numel() == 1
         and sample_scores is None
         and fisher.dtype == torch.float32
-        and precision in ("none", "ieee")
+        and torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee")  # type: ignore[attr-defined]
     ):
         squares = grad_out.flatten(1).float().square()
         fisher.addmm_(squares.T, x.flatten(1).float().square())
