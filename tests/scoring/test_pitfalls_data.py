@@ -104,9 +104,8 @@ def test_pitfall_13_each_sample_draws_its_own_label():
     exact = score(model, {"x": x}, loss_fn=None, labels="expected")
     drawn = score(model, {"x": x.repeat(3000, 1)}, loss_fn=None, labels="sampled")
     for name in exact:
-        assert torch.allclose(
-            drawn[name], exact[name], rtol=0.1
-        )  # 3000 draws scatter by a few per cent
+        # 3000 draws scatter by a few per cent.
+        assert torch.allclose(drawn[name], exact[name], rtol=0.1)
 
 
 def test_pitfall_13_ranks_with_equal_seeds_draw_differently(monkeypatch):
