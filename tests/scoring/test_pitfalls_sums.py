@@ -31,7 +31,7 @@ def test_pitfall_01_square_after_the_sum_over_samples(backend):
     model, (x, y) = network(), batch()
     scores = score(model, (x, y))
     assert_same(score(model, (x.repeat(3, 1, 1), y.repeat(3, 1, 1))), scores)
-    # two samples with opposite gradients: no gradient, but information
+    # two samples with opposite gradients: no gradient but rounding, and information
     layer = nn.Linear(I, O, bias=False)
     x = torch.randn(1, I)
     y = layer(x).detach()
@@ -53,7 +53,7 @@ def test_pitfall_02_square_before_the_sum_over_tokens(backend):
     scores = score(model, (x, y))
     squared_error(model, (x, y)).backward()
     assert_same(scores, {name: p.grad.square() for name, p in model.named_parameters()})
-    # two tokens with opposite gradients: nothing
+    # two tokens with opposite gradients: nothing but rounding
     layer = nn.Linear(I, O)
     x = torch.ones(1, 2, I)
     y = layer(x).detach() + torch.tensor([1.0, -1.0])[None, :, None]

@@ -29,6 +29,8 @@ def assert_matches(actual, truth, dtype=torch.float32, terms=1):
     assert error <= bound, f"error {error:.3e} > {bound:.3e}"
 
 
+# An output of a small model in float32, or one of its weights after some steps, by two ways.
+MODEL = 1e-5
 # A squared gradient in float32, after a forward and a backward pass through a small model.
 SCORE = 1e-5
 
