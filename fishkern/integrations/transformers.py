@@ -8,17 +8,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list, send_to_device
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from fishkern.batches.losses import LossFn
+from fishkern.batches.packing import SAMPLE_IDS
 from fishkern.optim import FishSparseAdamW
 from fishkern.recipe import choose_mask, create_fish_optimizer
 from fishkern.scoring.diagonal import FisherDiagonal
@@ -58,11 +59,14 @@ class FishTrainer(Trainer):  # type: ignore[misc]
     ``Trainer`` it is a mixin: ``class FishSFTTrainer(FishTrainer, SFTTrainer): pass``.
 
     When training starts, the first samples of ``get_train_dataloader()`` are scored, with the
-    random states put back, so that training sees its data as it would have. Where the arguments
-    ask for torch's AdamW, as by default, ``FishSparseAdamW`` takes its place, with the learning
-    rate, betas, eps, decay and decay groups of the TrainingArguments. Any other optimizer
-    (``optim`` or ``optimizer_cls_and_kwargs``) trains the leaves of ``train_only=True``. Options
-    of FishSparseAdamW itself go in ``optimizer_cls_and_kwargs=(FishSparseAdamW, {...})``.
+    random states put back, so that training sees its data as it would have. Sequences that a
+    collator flattens into one row (``position_ids`` that begin anew, no attention mask) are samples
+    each, unless there is a ``loss_fn``.
+
+    Where the arguments ask for torch's AdamW, as by default, ``FishSparseAdamW`` takes its place,
+    with the learning rate, betas, eps, decay and decay groups of the TrainingArguments. Any other
+    optimizer (``optim`` or ``optimizer_cls_and_kwargs``) trains the leaves of ``train_only=True``.
+    Options of FishSparseAdamW itself go in ``optimizer_cls_and_kwargs=(FishSparseAdamW, {...})``.
 
     ``save_model`` and every checkpoint write the mask beside the weights
     (``fishkern_mask.safetensors``); a resumed run takes it from there and scores nothing.
@@ -220,9 +224,10 @@ class FishTrainer(Trainer):  # type: ignore[misc]
                 f"other data and use Trainer"
             )
         with random_state(), self.accelerator.autocast():
+            batches = _Batches(self.get_train_dataloader(), self.args.device)
             choice = choose_mask(
                 model,
-                _Batches(self.get_train_dataloader(), self.args.device),
+                batches if self._choice["loss_fn"] else _Unpacked(batches, model),
                 progress=not self.args.disable_tqdm,
                 **self._choice,
             )
@@ -247,6 +252,36 @@ class _Batches:
     def __iter__(self) -> Iterator[Any]:
         for batch in self._loader:
             yield send_to_device(batch, self._device)
+
+
+#: What flash attention is told of all sequences of a batch; it finds them in the positions, too.
+_OF_A_ROW = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
+
+
+class _Unpacked:
+    """Batches in which flattened sequences, whose positions begin anew, are told apart.
+
+    As collators flatten them for training: several sequences in one row, and no attention mask.
+    """
+
+    def __init__(self, batches: Iterable[Any], model: nn.Module) -> None:
+        self._batches = batches
+        cached = getattr(getattr(model, "config", None), "use_cache", False)
+        # With a cache models of transformers keep the sequences of a row no longer apart.
+        self._options = {"use_cache": False} if cached else {}
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self._batches:
+            flattened = isinstance(batch, Mapping) and "attention_mask" not in batch
+            positions = batch.get("position_ids") if flattened else None
+            if not isinstance(positions, Tensor) or positions.dim() != 2:
+                yield batch
+                continue
+            begins = torch.ones_like(positions)
+            begins[:, 1:] = positions[:, 1:] <= positions[:, :-1]
+            numbers = begins.flatten().cumsum(0).view_as(positions) - 1
+            parts = {key: value for key, value in batch.items() if key not in _OF_A_ROW}
+            yield {**parts, **self._options, SAMPLE_IDS: numbers}
 
 
 def _knows_masks(optimizer_cls: Any) -> bool:
