@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fishkern.batches.labels import Draws
+from fishkern.batches.labels import Draws, check_labels
 from fishkern.batches.losses import LossFn, default_loss
 from fishkern.batches.samples import cut_batches
 from fishkern.functional import topk_indices
 from fishkern.names import Patterns, match
-from fishkern.scoring.estimate import check_labels, scored, unwrap
+from fishkern.scoring.candidates import scored, unwrap
 from fishkern.scoring.passes import Scoring
 from fishkern.scoring.ranks import RankSums, all_of, first_of, rank_in
 from fishkern.scoring.rescoring import Rescoring, Sums

@@ -6,13 +6,28 @@ puts the data's own label. Here are the other two ways: one draw, and the exact 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-__all__ = ["LABELS", "Draws", "expected_terms"]
+__all__ = ["LABELS", "Draws", "check_labels", "expected_terms"]
 
 LABELS = ("empirical", "sampled", "expected")
 _SEEDS = 2**62
+
+
+def check_labels(labels: str, loss_fn: object, generator: Any) -> None:
+    """Refuse labels that there are not, and other arguments of ``estimate_fisher`` beside them."""
+    if labels not in LABELS:
+        raise ValueError(f"labels is {labels!r}: choose one of {', '.join(LABELS)}")
+    if loss_fn is not None and labels != "empirical":
+        raise ValueError(
+            f"labels is {labels!r}, but loss_fn chooses its own labels: draw them there (the same "
+            f'ones whenever it sees a sample again), and leave labels="empirical"'
+        )
+    if not isinstance(generator, torch.Generator | None):
+        raise TypeError(f"generator is {generator!r}: pass a torch.Generator, or None")
 
 
 class Draws:

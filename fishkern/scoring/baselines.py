@@ -12,8 +12,8 @@ from tqdm import tqdm
 from fishkern.batches import samples
 from fishkern.batches.losses import LossFn, default_loss, require_losses
 from fishkern.names import Patterns
+from fishkern.scoring.candidates import scored, unwrap
 from fishkern.scoring.diagonal import FisherDiagonal
-from fishkern.scoring.estimate import scored, unwrap
 from fishkern.scoring.one_sample import CUT_OFF
 from fishkern.scoring.preserve import backward
 from fishkern.scoring.verification import require_finite

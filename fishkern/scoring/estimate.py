@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -12,14 +11,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fishkern.batches import samples
-from fishkern.batches.labels import LABELS, Draws
+from fishkern.batches.labels import Draws, check_labels
 from fishkern.batches.losses import LossFn, default_loss
-from fishkern.interception import original_parameters
-from fishkern.names import Patterns, match, named_parameters, suggest
+from fishkern.names import Patterns, suggest
+from fishkern.scoring.candidates import scored, unwrap
 from fishkern.scoring.diagonal import FisherDiagonal
-from fishkern.scoring.one_sample import CUT_OFF
 from fishkern.scoring.passes import Scoring
-from fishkern.scoring.preserve import scoring_mode
 from fishkern.scoring.ranks import gathered, rank_in
 from fishkern.scoring.sample_scores import SampleScores
 from fishkern.scoring.verification import FisherVerificationError, require_finite
@@ -148,44 +145,6 @@ def estimate_fisher(
     return _finished(scoring, total, labels, sums)
 
 
-@contextmanager
-def scored(model: nn.Module, params: Any) -> Iterator[dict[str, nn.Parameter]]:
-    """The model as it is while it is scored, and as before afterwards; yields the candidates."""
-    with ExitStack() as stack:
-        stack.enter_context(original_parameters(model))
-        candidates = find_candidates(model, params)
-        stack.enter_context(scoring_mode(model, candidates.values()))
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(warnings.catch_warnings())
-        warnings.filterwarnings("error", CUT_OFF)
-        yield candidates
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside DDP's, DataParallel's and ``torch.compile``'s wrappers."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            inner = model.module
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
-
-
-def check_labels(labels: str, loss_fn: LossFn | None, generator: Any) -> None:
-    """Refuse labels that there are not: see ``estimate_fisher``."""
-    if labels not in LABELS:
-        raise ValueError(f"labels is {labels!r}: choose one of {', '.join(LABELS)}")
-    if loss_fn is not None and labels != "empirical":
-        raise ValueError(
-            f"labels is {labels!r}, but loss_fn chooses its own labels: draw them there (the same "
-            f'ones whenever it sees a sample again), and leave labels="empirical"'
-        )
-    if not isinstance(generator, torch.Generator | None):
-        raise TypeError(f"generator is {generator!r}: pass a torch.Generator, or None")
-
-
 def _by_sample(sample_scores: Any, candidates: Mapping[str, nn.Parameter]) -> SampleScores | None:
     if isinstance(sample_scores, bool):
         return SampleScores() if sample_scores else None
@@ -204,37 +163,6 @@ def _by_sample(sample_scores: Any, candidates: Mapping[str, nn.Parameter]) -> Sa
                 f"{list(candidates[name].shape)}: pass a mask of this model"
             )
     return SampleScores(sample_scores)
-
-
-def find_candidates(model: nn.Module, params: Any) -> dict[str, nn.Parameter]:
-    """The parameters to score, by canonical name: see ``estimate_fisher``."""
-    known = named_parameters(model)
-    if params is None:
-        chosen = [name for name, param in known.items() if param.requires_grad]
-        if not chosen:
-            raise ValueError(
-                "no parameter requires a gradient: call requires_grad_(True) on those to score, "
-                "or name them with params="
-            )
-    else:
-        chosen = match(known, params, "params")
-        if not chosen:
-            raise ValueError("params holds no pattern: pass None for all that require a gradient")
-    for name in chosen:
-        param = known[name]
-        if param.is_complex():
-            raise ValueError(
-                f"{name!r} has dtype {param.dtype}: the scores of complex parameters are not "
-                f"defined here; leave it out of params="
-            )
-        if not param.is_floating_point():
-            raise ValueError(
-                f"{name!r} has dtype {param.dtype}: quantised and integer weights have no "
-                f"gradient; leave it out of params="
-            )
-        if hasattr(param, "placements"):
-            raise ValueError(f"{name!r} is sharded (DTensor): score the model before sharding it")
-    return {name: known[name] for name in chosen}
 
 
 def _reduce(scoring: Scoring, process_group: Any) -> int:

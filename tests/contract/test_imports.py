@@ -38,7 +38,7 @@ INNER_LAYERS = {
         {"ranks"},
         {"rescoring"},
         {"passes"},
-        {"accumulator", "verification"},
+        {"accumulator", "candidates", "verification"},
         {"one_sample", "squares"},
     ],
     "selection": [{"select"}, {"masks"}],
