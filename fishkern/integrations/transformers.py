@@ -181,16 +181,20 @@ class FishTrainer(Trainer):  # type: ignore[misc]
         given = self.optimizer_cls_and_kwargs
         optimizer_cls, options = self._optimizer_for(self.model)
         mask = self._checkpoints_mask or self._chosen_mask(self.model)
-        if self._train_only:
-            attach(self.model, mask)
-        self.mask = mask
+        handle = attach(self.model, mask) if self._train_only else None
         if _knows_masks(optimizer_cls):
             options = {**options, "mask": mask.bind(self.model)}
         self.optimizer_cls_and_kwargs = (optimizer_cls, options)
         try:
-            return super().create_optimizer(*args, **kwargs)  # which makes the decay groups
+            optimizer = super().create_optimizer(*args, **kwargs)  # which makes the decay groups
+        except BaseException:
+            if handle is not None:
+                handle.remove()
+            raise
         finally:
             self.optimizer_cls_and_kwargs = given
+        self.mask = mask
+        return optimizer
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As ``Trainer.save_model``, with the mask beside the weights."""

@@ -152,6 +152,20 @@ def test_a_subclass_of_fish_sparse_adamw_gets_the_mask(make, tmp_path):
     assert subject.create_optimizer().mask == subject.mask
 
 
+def test_wrong_options_of_the_optimizer_leave_the_model_as_it_was(tmp_path):
+    model = make_model("base")
+    trainable = [(n, p.requires_grad) for n, p in model.named_parameters()]
+    given = (FishSparseAdamW, {"lr": -1.0})
+    subject = fish_leaves(model, arguments(tmp_path), optimizer_cls_and_kwargs=given)
+    with pytest.raises(ValueError, match="learning rate"):
+        subject.train()
+    assert fishkern.attached(model) is None
+    assert [(n, p.requires_grad) for n, p in model.named_parameters()] == trainable
+    subject.optimizer_cls_and_kwargs = (FishSparseAdamW, {"lr": LR})
+    subject.train()
+    assert fishkern.attached(model).mask == subject.mask
+
+
 def test_a_mask_for_the_optimizer_is_refused(tmp_path):
     model = make_model("base")
     given = (FishSparseAdamW, {"lr": LR, "mask": mask_of(model).bind(model)})
