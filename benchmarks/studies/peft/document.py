@@ -11,9 +11,9 @@ from benchmarks.studies.peft.rows import ROUTES, SAMPLES, TOKENS, Row, pairs
 def document(rows: Sequence[Row]) -> str:
     """docs/peft.md, made of the rows."""
     refused = [row for row in rows if not row["error"]]
-    timed = [row for row in rows if row["error"]]
-    worst = max((float(row["error"]) for row in timed), default=0.0)
-    numbers = {"methods": len(rows), "exact": len(timed), "worst": f"{worst:.1e}"}
+    exact = [row for row in rows if row["error"]]
+    worst = max((float(row["error"]) for row in exact), default=0.0)
+    numbers = {"methods": len(rows), "exact": len(exact), "worst": f"{worst:.1e}"}
     numbers |= {"samples": SAMPLES, "tokens": TOKENS, "where": _where(rows)}
     table = ["| method | routes | max error | cost | timed on |", "| --- | --- | --- | --- | --- |"]
     for row in rows:
@@ -25,7 +25,7 @@ def document(rows: Sequence[Row]) -> str:
         f"- **{row['method']}**: {row['note'].removeprefix('refused: ')}." for row in refused
     )
     return TEXT.format(
-        **numbers, table="\n".join(table), costs=_costs(timed), refused=reasons or "None."
+        **numbers, table="\n".join(table), costs=_costs(exact), refused=reasons or "None."
     )
 
 
@@ -35,8 +35,8 @@ def _with_code(part: str) -> str:
 
 
 def _costs(rows: Sequence[Row]) -> str:
-    """A line for each route: what the rows cost whose slowest route it is."""
-    lines = ["| slowest route of a method | methods | median cost | range |"]
+    """A line for each route: what the rows that were timed cost whose slowest route it is."""
+    lines = ["| slowest route of a method | methods timed | median cost | range |"]
     lines.append("| --- | --- | --- | --- |")
     for route in ROUTES:
         costs = [
