@@ -214,7 +214,9 @@ class _Call:
 
     def track(self, result: Tensor) -> Tensor:
         """The result is made of all that the tracked tensors are made of."""
-        if not result.is_floating_point() or (torch.is_grad_enabled() and not result.requires_grad):
+        if not result.is_floating_point() or result.is_inference():
+            return result
+        if torch.is_grad_enabled() and not result.requires_grad:
             return result
         tracked = Tracked.make(result, self.sources(), self.tracked[0].consume)
         tracked.slope = self.slope(result)

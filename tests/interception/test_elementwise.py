@@ -104,6 +104,11 @@ def through_its_base(m):
     return view
 
 
+def inferred(m):
+    with torch.inference_mode():
+        return (m.p * 2).view(-1).sum().item()
+
+
 FOLLOWED = {
     "product": (lambda m, x: x * m.p, (H,)),
     "product, the other way round": (lambda m, x: m.p * x, (1, 1, H)),
@@ -147,6 +152,7 @@ FOLLOWED = {
     "reciprocal": (lambda m, x: x * (2 / m.p) + (1 - m.p), (1, 1, H)),
     "by name": (lambda m, x: torch.mul(input=x, other=m.p), (H,)),
     "read without gradient": (lambda m, x: x * m.p * m.p.detach() * m.p.data.sum(), (H,)),
+    "read in inference mode": (lambda m, x: x * m.p * inferred(m), (H,)),
     "asked of its kind": (lambda m, x: x * m.p if isinstance(m.p, nn.Parameter) else x, (H,)),
     "asked of its shape": (lambda m, x: x * m.p.view(m.p.size(0)) * len(m.p) * m.p.dim(), (H,)),
 }
