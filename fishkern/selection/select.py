@@ -64,7 +64,8 @@ def select(
         TypeError: Scores that are not float32 tensors.
 
     Warns:
-        UserWarning: All scores of a tensor are zero, or zeros were selected to make up k.
+        UserWarning: All scores of a tensor are zero, zeros were selected to make up k, or a density
+            above zero selects nothing.
 
     Example:
         >>> import torch
@@ -120,7 +121,14 @@ def _count(density: float | None, k: int | None, candidates: int) -> int:
         given = "neither" if k is None else f"both (density={density}, k={k})"
         raise ValueError(f"{given} of density and k is given: pass exactly one of them")
     if density is not None:
-        return round(float(density) * candidates)
+        k = round(float(density) * candidates)
+        if density and candidates and not k:
+            warnings.warn(
+                f"density={density} of {candidates:,} candidates is less than one entry, so that "
+                f"none is selected: raise it, or pass k",
+                stacklevel=3,
+            )
+        return k
     try:
         k = operator.index(k)  # type: ignore[arg-type]
     except TypeError as error:

@@ -208,6 +208,11 @@ def test_max_columns_with_scope_tensor_names_a_k_that_fits():
     assert select(scores, k=33, scope="tensor", max_columns=0.5).num_selected == 33
 
 
+def test_a_density_that_selects_nothing_warns():
+    with pytest.warns(UserWarning, match=r"density=0.03 of 14 candidates is less than one entry"):
+        assert select(make((5,), (9,)), density=0.03).num_selected == 0
+
+
 def test_lora_at_initialisation_warns_and_still_selects_k():
     # A has no gradient while B is zero; some of B's scores are zero too.
     scores = {f"layer.{i}.lora_A": torch.zeros(2, 6) for i in range(5)}
