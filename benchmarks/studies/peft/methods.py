@@ -1,7 +1,7 @@
 """Every method of parameter-efficient fine-tuning, as a table.
 
 What PEFT (or the ``adapters`` package) is asked for, on which model, and which way the scores of
-each kind of parameter go. The tests hold it to be true; ``peft_table`` makes the documentation's
+each kind of parameter go. The tests hold it to be true; the study makes the documentation's
 table of it.
 """
 
