@@ -5,6 +5,7 @@ from __future__ import annotations
 import numbers
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from typing import Any, NamedTuple
 
 import torch
@@ -48,19 +49,29 @@ class _FishOptimizer(FishSparseAdamW):
         """Load a checkpoint, whose mask takes the computed one's place, in ``train_only`` too.
 
         Raises:
+            ValueError: As in ``FishSparseAdamW``; nothing is changed then.
             RuntimeError: The leaves would have to change, but other ranks are at work: DDP holds
                 the ones there are.
         """
         saved = unpack_masks(state_dict["param_groups"])
-        if self._handle is not None and self._mask_is_computed and saved not in (None, self.mask):
-            if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-                raise RuntimeError(
-                    "the checkpoint's mask is another than the one computed now, and DDP holds the "
-                    "leaves of the latter: call fishkern.train_only(model, the checkpoint's mask) "
-                    "before DDP, or resume with FishTrainer, which does"
-                )
-            self._handle.set_mask(saved, self)
-        super().load_state_dict(state_dict)
+        if self._handle is None or not self._mask_is_computed or saved in (None, self.mask):
+            super().load_state_dict(state_dict)
+            return
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            raise RuntimeError(
+                "the checkpoint's mask is another than the one computed now, and DDP holds the "
+                "leaves of the latter: call fishkern.train_only(model, the checkpoint's mask) "
+                "before DDP, or resume with FishTrainer, which does"
+            )
+        before, own = deepcopy(self.state_dict()), self._handle.mask
+        self._handle.set_mask(saved, self)
+        try:
+            super().load_state_dict(state_dict)
+        except BaseException:
+            self._handle.set_mask(own, self)
+            super().load_state_dict(before)
+            self._mask_is_computed = True
+            raise
 
 
 def create_fish_optimizer(

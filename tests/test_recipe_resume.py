@@ -43,6 +43,31 @@ def test_resumed_is_unbroken(train_only, dtype):
         assert torch.equal(value, truth), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("train_only", [False, True])
+def test_a_refused_checkpoint_changes_nothing(train_only, dtype):
+    data = [(x.to(dtype), y) for x, y in batches()]
+    other = create(Net(), train_only=train_only, state_dtype=torch.uint8)
+    other.step()  # makes its moments
+    torch.manual_seed(7)
+    model = Net()
+    optimizer = create(model, train_only=train_only, lr=1e-2)
+    model.to(dtype)
+    train(model, optimizer, data[:2])
+    twin, same = copy.deepcopy((model, optimizer))
+    assert other.mask != optimizer.mask
+    for _ in range(2):
+        with pytest.raises(ValueError, match="build it with state_dtype=torch"):
+            optimizer.load_state_dict(other.state_dict())
+        assert optimizer.mask == same.mask
+        if train_only:
+            assert fishkern.attached(model).mask == same.mask
+    train(model, optimizer, data[2:])
+    train(twin, same, data[2:])
+    for value, truth in zip(model.state_dict().values(), twin.state_dict().values(), strict=True):
+        assert torch.equal(value, truth)
+
+
 def test_leaves_that_ddp_holds_are_not_exchanged(monkeypatch):
     optimizer = create(Net(), train_only=True)
     torch.manual_seed(7)
