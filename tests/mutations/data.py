@@ -1,6 +1,15 @@
 """Mutants for tests/scoring/test_pitfalls_data.py."""
 
-from tests.mutations.edits import ESTIMATE, LABELS, LOSSES, NO_OWN_LOSS, ONE_SAMPLE, SELECT, instead
+from tests.mutations.edits import (
+    CANDIDATES,
+    ESTIMATE,
+    LABELS,
+    LOSSES,
+    NO_OWN_LOSS,
+    ONE_SAMPLE,
+    SELECT,
+    instead,
+)
 from tests.mutations.mutant import Edit, Mutant
 
 _CROSS_ENTROPY = """\
@@ -109,7 +118,7 @@ MUTANTS = (
     Mutant(
         15,
         "a shard is scored as if it were the parameter",
-        instead(ESTIMATE, 'if hasattr(param, "placements"):', "if False:"),
+        instead(CANDIDATES, 'if hasattr(param, "placements"):', "if False:"),
         "test_pitfall_15_shards_are_refused",
     ),
     Mutant(

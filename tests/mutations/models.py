@@ -2,7 +2,7 @@
 
 from tests.mutations.edits import (
     ACCUMULATOR,
-    ESTIMATE,
+    CANDIDATES,
     FISHER,
     LAYOUTS,
     PASSES,
@@ -36,7 +36,7 @@ MUTANTS = (
         7,
         "a segment that reentrant checkpointing cuts off gets zeros",
         instead(
-            ESTIMATE,
+            CANDIDATES,
             'warnings.filterwarnings("error", CUT_OFF)',
             'warnings.filterwarnings("ignore", CUT_OFF)',
         ),
