@@ -9,11 +9,11 @@ from torch import nn
 
 from fishkern.names import suggest
 from fishkern.selection.masks import SparseMask
-from fishkern.training.leaves import is_sharded
+from fishkern.training.leaves import CHILD, is_sharded
 
 
-def check_mask(params: Mapping[str, nn.Parameter], mask: SparseMask) -> None:
-    """Refuse a mask that does not fit the parameters, or selects what cannot be trained.
+def check_mask(model: nn.Module, params: Mapping[str, nn.Parameter], mask: SparseMask) -> None:
+    """Refuse a mask that does not fit the model, or selects what cannot be trained.
 
     Raises:
         TypeError: It is not a SparseMask.
@@ -23,6 +23,7 @@ def check_mask(params: Mapping[str, nn.Parameter], mask: SparseMask) -> None:
         raise TypeError(f"mask is a {type(mask).__name__}: pass a SparseMask (fishkern.select)")
     if mask.num_selected == 0:
         raise ValueError("the mask selects nothing: there would be nothing to train")
+    params = {name: p for name, p in params.items() if CHILD not in name.split(".")}
     for name in mask:
         if name not in params:
             raise ValueError(
@@ -43,6 +44,15 @@ def check_mask(params: Mapping[str, nn.Parameter], mask: SparseMask) -> None:
         if is_sharded(param):
             raise ValueError(
                 f"{name!r} is sharded (DTensor): train_only takes whole tensors; train with DDP"
+            )
+    names = {id(param): name for name, param in params.items()}
+    for module in model.modules():
+        name = names.get(id(module._parameters.get("weight")), "")
+        if getattr(module, "max_norm", None) is not None and len(mask.get(name, ())):
+            raise ValueError(
+                f"{name!r} has max_norm={module.max_norm}, by which its module writes to it in "
+                f"each forward, past the leaves: set max_norm to None, leave it out of the mask, "
+                f"or train with FishSparseAdamW alone"
             )
 
 

@@ -61,7 +61,7 @@ def train_only(model: nn.Module, mask: SparseMask, *, unlisted: str = "error") -
     """
     _check_model(model)
     params = named_parameters(model)
-    check_mask(params, mask)
+    check_mask(model, params, mask)
     check_unshared(params, mask, followed())
     strangers = [n for n, p in params.items() if p.requires_grad and n not in mask]
     if unlisted not in ("error", "train", "freeze"):
@@ -185,7 +185,7 @@ class Handle:
             )
         self._check_attached()
         params = named_parameters(self._model)
-        check_mask({n: p for n, p in params.items() if CHILD not in n.split(".")}, new_mask)
+        check_mask(self._model, params, new_mask)
         check_unshared(params, new_mask, followed() - {self})
         if whole := sorted(self._keep_trainable & {n for n in new_mask if len(new_mask[n])}):
             raise ValueError(

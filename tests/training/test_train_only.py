@@ -200,6 +200,22 @@ def test_bad_input_is_refused_and_nothing_changed(name):
     assert all(p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_a_weight_that_its_module_writes_to_is_refused(kind):
+    model = nn.ModuleDict({"table": kind(6, 4, max_norm=1.0), "head": nn.Linear(4, 4)})
+    mask = random_mask(model)
+    with pytest.raises(ValueError, match=r"'table.weight' has max_norm=1\.0.*leave it out"):
+        train_only(model, mask)
+    rest = SparseMask(
+        *({n: d[n] for n in mask if n != "table.weight"} for d in (mask, mask.shapes))
+    )
+    handle = train_only(model, rest, unlisted="freeze")
+    optimizer = FishSparseAdamW(model.named_parameters(), mask=rest)
+    with pytest.raises(ValueError, match=r"'table.weight' has max_norm"):
+        handle.set_mask(mask, optimizer)
+    assert handle.mask == rest
+
+
 def test_attaching_twice_and_to_wrappers_is_refused():
     model = nn.Sequential(nn.Linear(4, 4))
     mask = random_mask(model)
