@@ -1,8 +1,5 @@
 // AdamW in float64, for float64 parameters or state: plain code, for tests and rare users.
 
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
 #include <cmath>
 
 #include "cpu/adamw_entries.h"
@@ -10,20 +7,17 @@
 namespace fishkern::adamw {
 namespace {
 
-using torch::headeronly::BFloat16;
-using torch::headeronly::Half;
-
 double load(const void* data, Dtype dtype, int64_t i) {
   switch (dtype) {
-    case Dtype::kFloat:
+    case Dtype::float32:
       return static_cast<const float*>(data)[i];
-    case Dtype::kBFloat16:
-      return static_cast<float>(static_cast<const BFloat16*>(data)[i]);
-    case Dtype::kHalf:
-      return static_cast<float>(static_cast<const Half*>(data)[i]);
-    case Dtype::kDouble:
+    case Dtype::bfloat16:
+      return to_float(static_cast<const BFloat16*>(data)[i]);
+    case Dtype::float16:
+      return to_float(static_cast<const Float16*>(data)[i]);
+    case Dtype::float64:
       return static_cast<const double*>(data)[i];
-    case Dtype::kByte:
+    case Dtype::uint8:
       break;  // refused before
   }
   __builtin_unreachable();
@@ -31,19 +25,19 @@ double load(const void* data, Dtype dtype, int64_t i) {
 
 void store(void* data, Dtype dtype, int64_t i, double x) {
   switch (dtype) {
-    case Dtype::kFloat:
+    case Dtype::float32:
       static_cast<float*>(data)[i] = static_cast<float>(x);
       return;
-    case Dtype::kBFloat16:
-      static_cast<BFloat16*>(data)[i] = static_cast<float>(x);
+    case Dtype::bfloat16:
+      round_to(static_cast<BFloat16*>(data)[i], static_cast<float>(x));
       return;
-    case Dtype::kHalf:
-      static_cast<Half*>(data)[i] = static_cast<float>(x);
+    case Dtype::float16:
+      round_to(static_cast<Float16*>(data)[i], static_cast<float>(x));
       return;
-    case Dtype::kDouble:
+    case Dtype::float64:
       static_cast<double*>(data)[i] = x;
       return;
-    case Dtype::kByte:
+    case Dtype::uint8:
       return;
   }
 }

@@ -26,7 +26,7 @@ Run slice(const Run& run, int64_t begin, int64_t count) {
   for (void** state : {&part.exp_avg, &part.exp_avg_sq, &part.max_exp_avg_sq}) {
     *state = advance(*state, begin * bytes_of(run.state_dtype));
   }
-  part.master = advance(part.master, begin * (run.state_dtype == Dtype::kDouble ? 8 : 4));
+  part.master = advance(part.master, begin * (run.state_dtype == Dtype::float64 ? 8 : 4));
   for (uint8_t** scale : {&part.exp_avg_scale, &part.exp_avg_sq_scale}) {
     *scale = *scale ? *scale + begin / kScaleBlock : nullptr;
   }
@@ -36,7 +36,7 @@ Run slice(const Run& run, int64_t begin, int64_t count) {
 
 void update_part(const Entries& entries, int64_t begin, int64_t count) {
   const Run& run = entries.run;
-  const bool in_double = run.param_dtype == Dtype::kDouble || run.state_dtype == Dtype::kDouble;
+  const bool in_double = run.param_dtype == Dtype::float64 || run.state_dtype == Dtype::float64;
   const auto update = in_double ? &update_in_double : FISHKERN_FOR_THIS_CPU(update);
   if (entries.param_layout.contiguous() && entries.grad_layout.contiguous()) {
     return update(slice(run, begin, count), entries.step);

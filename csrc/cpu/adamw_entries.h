@@ -10,10 +10,6 @@
 
 namespace fishkern::adamw {
 
-inline int64_t bytes_of(Dtype dtype) {
-  return dtype == Dtype::kDouble ? 8 : dtype == Dtype::kFloat ? 4 : dtype == Dtype::kByte ? 1 : 2;
-}
-
 template <class Pointer>
 Pointer advance(Pointer data, int64_t bytes) {
   using Byte =

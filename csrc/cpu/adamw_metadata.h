@@ -28,12 +28,12 @@ inline int32_t raw_dtype(const Tensor& tensor) {
 
 inline Dtype floating_dtype(const Tensor& tensor, const char* name, size_t i) {
   const int32_t dtype = raw_dtype(tensor);
-  if (is_dtype(dtype, aoti_torch_dtype_float32)) return Dtype::kFloat;
-  if (is_dtype(dtype, aoti_torch_dtype_bfloat16)) return Dtype::kBFloat16;
-  if (is_dtype(dtype, aoti_torch_dtype_float16)) return Dtype::kHalf;
+  if (is_dtype(dtype, aoti_torch_dtype_float32)) return Dtype::float32;
+  if (is_dtype(dtype, aoti_torch_dtype_bfloat16)) return Dtype::bfloat16;
+  if (is_dtype(dtype, aoti_torch_dtype_float16)) return Dtype::float16;
   STD_TORCH_CHECK(is_dtype(dtype, aoti_torch_dtype_float64), name, "[", i,
                   "] is neither float32, bfloat16, float16 nor float64");
-  return Dtype::kDouble;
+  return Dtype::float64;
 }
 
 // The state tensors: contiguous, of one dtype and length; the last two may be missing.
@@ -65,7 +65,7 @@ struct State {
     if (tensor == nullptr) return nullptr;
     STD_TORCH_CHECK(tensor->numel() == count && tensor->is_contiguous() &&
                         floating_dtype(*tensor, name, i) == dtype &&
-                        (dtype == Dtype::kFloat || dtype == Dtype::kDouble),
+                        (dtype == Dtype::float32 || dtype == Dtype::float64),
                     name, "[", i,
                     "] must be contiguous and float32 as the rest of the state, with ", count,
                     " entries");
@@ -176,7 +176,7 @@ inline Entries entries_of(const Values& param, const Values& grad, Positions ind
                   .grad = grad.data,
                   .param_dtype = param.dtype,
                   .grad_dtype = grad.dtype,
-                  .state_dtype = Dtype::kFloat,
+                  .state_dtype = Dtype::float32,
                   .param_at = indices,
                   .grad_at = grad_selected ? Positions{nullptr, 0} : indices,
                   .exp_avg = nullptr,

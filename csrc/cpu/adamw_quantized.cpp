@@ -13,10 +13,10 @@ namespace {
 
 Dtype moments_dtype(const Tensor& moments, const char* name, size_t i) {
   const int32_t dtype = raw_dtype(moments);
-  if (is_dtype(dtype, aoti_torch_dtype_uint8)) return Dtype::kByte;
+  if (is_dtype(dtype, aoti_torch_dtype_uint8)) return Dtype::uint8;
   STD_TORCH_CHECK(is_dtype(dtype, aoti_torch_dtype_bfloat16), name, "[", i,
                   "] is neither bfloat16 nor uint8");
-  return Dtype::kBFloat16;
+  return Dtype::bfloat16;
 }
 
 void* state_data(const Tensor& tensor, int64_t count, const char* name, size_t i) {
@@ -27,7 +27,7 @@ void* state_data(const Tensor& tensor, int64_t count, const char* name, size_t i
 
 // Null where the moments are no bytes and have none.
 uint8_t* scale_data(const Tensors& scales, Dtype dtype, int64_t count, const char* name, size_t i) {
-  STD_TORCH_CHECK((dtype == Dtype::kByte) == !scales.empty(), name, " has ", scales.size(),
+  STD_TORCH_CHECK((dtype == Dtype::uint8) == !scales.empty(), name, " has ", scales.size(),
                   " entries: one for each tensor with moments in uint8, none for bfloat16");
   if (scales.empty()) return nullptr;
   STD_TORCH_CHECK(is_dtype(raw_dtype(scales[i]), aoti_torch_dtype_uint8), name, "[", i,
@@ -59,7 +59,7 @@ void masked_adamw_quantized_(const Tensors& params, const Tensors& grads, const 
     const Positions where = positions_of(indices[i], count, i);
     if (count == 0) continue;
     const Values param(params[i], "params", i);
-    STD_TORCH_CHECK(param.dtype != Dtype::kDouble, "params[", i,
+    STD_TORCH_CHECK(param.dtype != Dtype::float64, "params[", i,
                     "] is float64, which has no moments in fewer bits");
     Run& run =
         all.emplace_back(entries_of(param, {grads[i], "grads", i}, where, count, step[i], i)).run;
@@ -72,7 +72,7 @@ void masked_adamw_quantized_(const Tensors& params, const Tensors& grads, const 
     run.exp_avg_sq_scale =
         scale_data(exp_avg_sq_scales, run.state_dtype, count, "exp_avg_sq_scales", i);
     if (masters.empty() || masters[i].numel() == 0) continue;
-    STD_TORCH_CHECK(floating_dtype(masters[i], "masters", i) == Dtype::kFloat, "masters[", i,
+    STD_TORCH_CHECK(floating_dtype(masters[i], "masters", i) == Dtype::float32, "masters[", i,
                     "] is not float32");
     run.master = state_data(masters[i], count, "masters", i);
   }

@@ -11,25 +11,36 @@ namespace fishkern::fisher {
 namespace {
 
 // Blocks of the result: as large as a second-level cache takes, since operands are packed again for
-// each block; smaller ones where there would be too few to share among threads.
+// each block; smaller ones where there would be too few to share among threads. Columns that are
+// read in place are best read to the end of their line in memory.
 constexpr int64_t kBlockRows[] = {384, 128, 64};
-constexpr int64_t kBlockCols[] = {384, 192};
+constexpr int64_t kMostCols = 384, kMostColsInPlace = 1536, kFewestCols = 192;
 
 // Fewer floating-point operations than this are not worth another thread.
 constexpr int64_t kGrain = 1 << 20;
 
 // The shorter operand is read one number at a time, the longer one in vectors.
 void make_columns_long(Problem& problem) {
-  if (problem.cols.size >= std::min(problem.rows.size, kBlockCols[1])) return;
+  if (problem.cols.size >= std::min(problem.rows.size, kFewestCols)) return;
   std::swap(problem.rows, problem.cols);
   std::swap(problem.row_stride, problem.col_stride);
   std::swap(problem.mask_row_stride, problem.mask_col_stride);
 }
 
+// Packing pays where many rows share a panel of columns. Where they are few, the operands are as
+// good as read once, and packing would be most of the time.
+bool reads_in_place(const Problem& problem) {
+  if (problem.cols.stride != 1 || problem.cols.window) return false;
+  if (problem.cols.dtype == Dtype::float32) return problem.rows.size <= 64;
+  // Converted again for each tile: cheap enough with instructions for it.
+  return problem.rows.size <= 16 && capability() != Capability::baseline;
+}
+
 // Of the block sizes, from large to small, the first one that makes enough blocks, or the last one.
 void choose_blocks(Problem& problem, int64_t num_problems, int64_t enough) {
   for (const int64_t rows : kBlockRows) {
-    for (const int64_t cols : kBlockCols) {
+    const int64_t most = problem.in_place ? kMostColsInPlace : kMostCols;
+    for (int64_t cols = most; cols >= kFewestCols; cols /= 2) {
       problem.block_rows = rows, problem.block_cols = cols;
       if (num_problems * problem.num_blocks() >= enough) return;
     }
@@ -38,10 +49,11 @@ void choose_blocks(Problem& problem, int64_t num_problems, int64_t enough) {
 
 // The number of blocks from which on threads share them evenly. With scores it must not depend on
 // the number of threads: the order in which they are added up follows from it.
-int64_t enough_blocks(bool scores) {
+int64_t enough_blocks(const Problem& problem, bool scores) {
   constexpr int64_t kEach = 4, kWithScores = 16;
   const int64_t threads = torch::stable::get_num_threads();
-  return scores ? kWithScores : threads > 1 ? kEach * threads : 1;
+  if (scores) return kWithScores;
+  return threads == 1 || problem.in_place ? threads : kEach * threads;
 }
 
 }  // namespace
@@ -50,7 +62,8 @@ void compute(std::vector<Problem> problems, float* sample_scores, int64_t stride
   if (problems.empty()) return;
   for (Problem& problem : problems) {
     make_columns_long(problem);
-    choose_blocks(problem, problems.size(), enough_blocks(sample_scores));
+    problem.in_place = reads_in_place(problem);
+    choose_blocks(problem, problems.size(), enough_blocks(problem, sample_scores));
   }
   const Problem& first = problems.front();
   const int64_t num_blocks = first.num_blocks(), num_samples = first.samples;

@@ -48,16 +48,16 @@ std::vector<int64_t> features_of(const char* name, const std::optional<Tensor>& 
   return features;
 }
 
-// The entries of the rows that have any, and the features that they need.
-struct Entries {
+// Where the selected entries lie: the rows and columns that have any, and the entries row by row.
+struct Pattern {
   std::vector<int64_t> rows, row_begin, cols;
   std::vector<int32_t> entry_cols;
 };
 
 template <typename Index>
-Entries entries_of(const Index* indices, int64_t count, int64_t num_rows, int64_t num_cols) {
-  Entries entries;
-  entries.entry_cols.resize(count);
+Pattern pattern_of(const Index* indices, int64_t count, int64_t num_rows, int64_t num_cols) {
+  Pattern pattern;
+  pattern.entry_cols.resize(count);
   std::vector<int32_t> packed_at(num_cols, -1);
   int64_t row = -1, row_end = 0, before = -1;
   for (int64_t e = 0; e < count; ++e) {
@@ -68,30 +68,30 @@ Entries entries_of(const Index* indices, int64_t count, int64_t num_rows, int64_
     if (index >= row_end) {
       row = index / num_cols;
       row_end = (row + 1) * num_cols;
-      entries.rows.push_back(row);
-      entries.row_begin.push_back(e);
+      pattern.rows.push_back(row);
+      pattern.row_begin.push_back(e);
     }
     const int64_t col = index - (row_end - num_cols);
     packed_at[col] = 0;
-    entries.entry_cols[e] = static_cast<int32_t>(col);
+    pattern.entry_cols[e] = static_cast<int32_t>(col);
   }
-  entries.row_begin.push_back(count);
+  pattern.row_begin.push_back(count);
   for (int64_t col = 0; col < num_cols; ++col) {
     if (packed_at[col] < 0) continue;
-    packed_at[col] = static_cast<int32_t>(entries.cols.size());
-    entries.cols.push_back(col);
+    packed_at[col] = static_cast<int32_t>(pattern.cols.size());
+    pattern.cols.push_back(col);
   }
-  for (int32_t& col : entries.entry_cols) col = packed_at[col];
-  return entries;
+  for (int32_t& col : pattern.entry_cols) col = packed_at[col];
+  return pattern;
 }
 
-Entries entries_of(const Tensor& indices, int64_t num_rows, int64_t num_cols) {
+Pattern pattern_of(const Tensor& indices, int64_t num_rows, int64_t num_cols) {
   const Tensor contiguous = torch::stable::contiguous(indices);
   const void* const data = contiguous.const_data_ptr();
   const int64_t count = contiguous.numel();
   return indices.scalar_type() == ScalarType::Int
-             ? entries_of(static_cast<const int32_t*>(data), count, num_rows, num_cols)
-             : entries_of(static_cast<const int64_t*>(data), count, num_rows, num_cols);
+             ? pattern_of(static_cast<const int32_t*>(data), count, num_rows, num_cols)
+             : pattern_of(static_cast<const int64_t*>(data), count, num_rows, num_cols);
 }
 
 // [*, features] as [N, T, features].
@@ -124,20 +124,20 @@ void linear_selected_grad_(Tensor selected_grad, Tensor x, Tensor grad_out, Tens
   if (indices.numel() == 0) return;
   const auto row_features = features_of("rows", rows, grad_shape.back());
   const auto col_features = features_of("columns", columns, x.size(x.dim() - 1));
-  Entries entries = entries_of(indices, row_features.size(), col_features.size());
-  look_up(entries.rows, row_features);
-  look_up(entries.cols, col_features);
+  Pattern pattern = pattern_of(indices, row_features.size(), col_features.size());
+  look_up(pattern.rows, row_features);
+  look_up(pattern.cols, col_features);
 
   const Tensor x3 = as_tokens(x), grad3 = as_tokens(grad_out);
-  const int64_t num_rows = entries.rows.size(), num_cols = entries.cols.size();
+  const int64_t num_rows = pattern.rows.size(), num_cols = pattern.cols.size();
   const int64_t chunk =
       std::clamp(kColumnFloats / num_cols / 64 * 64, kShortestChunk, kLongestChunk);
-  const Problem problem{.rows = side(grad3, entries.rows),
-                        .cols = side(x3, entries.cols),
+  const Problem problem{.rows = side(grad3, pattern.rows),
+                        .cols = side(x3, pattern.cols),
                         .samples = x3.size(0),
                         .tokens = x3.size(1),
-                        .row_begin = entries.row_begin.data(),
-                        .entry_cols = entries.entry_cols.data(),
+                        .row_begin = pattern.row_begin.data(),
+                        .entry_cols = pattern.entry_cols.data(),
                         .out = out,
                         .out_stride = selected_grad.stride(0),
                         .chunk = chunk};

@@ -59,12 +59,6 @@ inline Operand operand(const torch::stable::Tensor& tensor) {
           .stride = tensor.stride(2)};
 }
 
-// Skips this many elements.
-inline void advance(Operand& operand, int64_t elements) {
-  const int64_t size = operand.dtype == Dtype::float32 ? 4 : 2;
-  operand.data = static_cast<const char*>(operand.data) + elements * size;
-}
-
 inline void check_shape(const char* op, const char* name, const torch::stable::Tensor& tensor,
                         const std::vector<int64_t>& shape) {
   const auto sizes = tensor.sizes();

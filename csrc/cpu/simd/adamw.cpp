@@ -10,10 +10,7 @@
 #include <cstring>
 
 #include "cpu/simd/moments.h"
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
+#include "cpu/simd/vector.h"
 
 #if defined(__clang__)
 #pragma STDC FP_CONTRACT OFF
@@ -31,34 +28,17 @@ constexpr int64_t kBlock = 128;
 constexpr int64_t kAhead = 64;
 constexpr int64_t kStateAhead = 256;
 
-#if defined(__AVX512F__)
-constexpr int64_t kWidth = 16;
-#elif defined(__AVX2__)
-constexpr int64_t kWidth = 8;
-#else
-constexpr int64_t kWidth = 4;
-#endif
-using Vector = float __attribute__((vector_size(kWidth * sizeof(float))));
-
 // Nothing from the standard library's headers but memcpy: an inline function of theirs would be
 // compiled once per instruction set, and the linker would keep any one of them.
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-inline Vector load(const float* from) {
-  Vector x;
-  std::memcpy(&x, from, sizeof(x));
-  return x;
-}
-
-inline void store(float* to, Vector x) { std::memcpy(to, &x, sizeof(x)); }
-
-inline Vector square_root(Vector x) {
+inline Vec square_root(Vec x) {
 #if defined(__AVX512F__)
-  return (Vector)_mm512_maskz_sqrt_ps(0xffff, (__m512)x);
+  return (Vec)_mm512_maskz_sqrt_ps(0xffff, (__m512)x);
 #elif defined(__AVX2__)
-  return (Vector)_mm256_sqrt_ps((__m256)x);
+  return (Vec)_mm256_sqrt_ps((__m256)x);
 #elif defined(__SSE2__)
-  return (Vector)_mm_sqrt_ps((__m128)x);
+  return (Vec)_mm_sqrt_ps((__m128)x);
 #else
   for (int64_t i = 0; i < kWidth; ++i) {
     x[i] = __builtin_sqrtf(x[i]);
@@ -67,85 +47,21 @@ inline Vector square_root(Vector x) {
 #endif
 }
 
-// Storage types. Conversions round to nearest, ties to even.
+// A number on its own: to_float is written for vectors.
+template <class T>
+inline float gathered(T x) {
+  return to_float(x);
+}
 
-struct BFloat16 {
-  uint16_t bits;
-};
-
-struct Half {
-  uint16_t bits;
-};
-
-inline float widen(float x) { return x; }
-
-inline float widen(double x) { return static_cast<float>(x); }
-
-inline float widen(BFloat16 x) { return float_of(uint32_t{x.bits} << 16); }
-
-inline float widen(Half x) {
 #if defined(__F16C__)
-  return _cvtsh_ss(x.bits);
-#else
-  const uint32_t sign = uint32_t{x.bits & 0x8000u} << 16;
-  const uint32_t rest = x.bits & 0x7fffu;
-  if (rest >= 0x7c00) {  // infinity, NaN
-    return float_of(sign | 0x7f800000 | (rest & 0x3ff) << 13);
-  }
-  // Put the exponent where float32 has it; the product corrects the bias, also for subnormals.
-  return float_of(sign | bits_of(float_of(rest << 13) * 0x1p112f));
+inline float gathered(Float16 x) { return _cvtsh_ss(x.bits); }
 #endif
-}
 
-inline void narrow(float x, float& to) { to = x; }
-
-inline void narrow(float x,
-                   double& to) {  // for completeness: such parameters are updated in double
-  to = x;
-}
-
-inline void narrow(float x, BFloat16& to) {
-  const uint32_t bits = bits_of(x);
-  const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-  to.bits = static_cast<uint16_t>(x != x ? 0x7fc0 : rounded);
-}
-
-inline void narrow(float x, Half& to) {
-#if defined(__F16C__)
-  to.bits = _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-#else
-  const uint32_t bits = bits_of(x);
-  const uint32_t sign = bits >> 16 & 0x8000;
-  const uint32_t rest = bits & 0x7fffffff;
-  uint32_t result;
-  if (rest > 0x7f800000) {  // NaN
-    result = 0x7e00;
-  } else if (rest >= 0x477ff000) {  // rounds to 65536 or more
-    result = 0x7c00;
-  } else if (rest < 0x38800000) {  // subnormal: let an addition round at the last bit
-    result = bits_of(float_of(rest) + 0.5f) - bits_of(0.5f);
-  } else {
-    result = (rest - 0x38000000 + 0xfff + (rest >> 13 & 1)) >> 13;
-  }
-  to.bits = static_cast<uint16_t>(sign | result);
-#endif
-}
-
-// Calls `function` with a value of the type that `dtype` names.
+// Gradients may be float64, too.
 template <class Function>
-void with_type(Dtype dtype, const Function& function) {
-  switch (dtype) {
-    case Dtype::kFloat:
-      return function(float{});
-    case Dtype::kBFloat16:
-      return function(BFloat16{});
-    case Dtype::kHalf:
-      return function(Half{});
-    case Dtype::kDouble:
-      return function(double{});
-    case Dtype::kByte:  // neither parameter nor gradient
-      return;
-  }
+void with_grad_type(Dtype dtype, const Function& function) {
+  if (dtype == Dtype::float64) return function(double{});
+  with_type(dtype, function);
 }
 
 template <class Function>
@@ -156,13 +72,13 @@ void with_positions(Positions where, const Function& function) {
 
 // The entries [begin, begin + n) of a tensor as floats.
 void read(float* to, const void* data, Dtype dtype, Positions where, int64_t begin, int64_t n) {
-  with_type(dtype, [&](auto type) {
+  with_grad_type(dtype, [&](auto type) {
     const auto* from = static_cast<const decltype(type)*>(data);
     if (where.at == nullptr) {
-      for (int64_t i = 0; i < n; ++i) to[i] = widen(from[begin + i]);
+      for (int64_t i = 0; i < n; ++i) to[i] = to_float(from[begin + i]);
     } else {
       with_positions(where, [&](const auto* at) {
-        for (int64_t i = 0; i < n; ++i) to[i] = widen(from[at[begin + i]]);
+        for (int64_t i = 0; i < n; ++i) to[i] = gathered(from[at[begin + i]]);
       });
     }
   });
@@ -172,10 +88,10 @@ void write(const float* from, void* data, Dtype dtype, Positions where, int64_t 
   with_type(dtype, [&](auto type) {
     auto* to = static_cast<decltype(type)*>(data);
     if (where.at == nullptr) {
-      for (int64_t i = 0; i < n; ++i) narrow(from[i], to[begin + i]);
+      for (int64_t i = 0; i < n; ++i) round_to(to[begin + i], from[i]);
     } else {
       with_positions(where, [&](const auto* at) {
-        for (int64_t i = 0; i < n; ++i) narrow(from[i], to[at[begin + i]]);
+        for (int64_t i = 0; i < n; ++i) round_to(to[at[begin + i]], from[i]);
       });
     }
   });
@@ -196,18 +112,18 @@ void gather_both(float* p, const Param* param, float* g, const Grad* grad, const
   for (const int64_t end = is_stream(at, n) ? 0 : smaller(n, left - kAhead); i < end; ++i) {
     __builtin_prefetch(param + at[i + kAhead]);
     __builtin_prefetch(grad + at[i + kAhead]);
-    p[i] = widen(param[at[i]]);
-    g[i] = widen(grad[at[i]]);
+    p[i] = gathered(param[at[i]]);
+    g[i] = gathered(grad[at[i]]);
   }
   for (; i < n; ++i) {
-    p[i] = widen(param[at[i]]);
-    g[i] = widen(grad[at[i]]);
+    p[i] = gathered(param[at[i]]);
+    g[i] = gathered(grad[at[i]]);
   }
 }
 
 void read_both(float* p, float* g, const Run& run, int64_t begin, int64_t n) {
   with_type(run.param_dtype, [&](auto param) {
-    with_type(run.grad_dtype, [&](auto grad) {
+    with_grad_type(run.grad_dtype, [&](auto grad) {
       with_positions(run.param_at, [&](const auto* at) {
         gather_both(p, static_cast<const decltype(param)*>(run.param), g,
                     static_cast<const decltype(grad)*>(run.grad), at + begin, n, run.count - begin);
@@ -236,21 +152,21 @@ struct Arithmetic {
   }
 
   // The new p.
-  inline Vector operator()(Vector p, Vector grad, float* m, float* v, float* v_max) const {
+  inline Vec operator()(Vec p, Vec grad, float* m, float* v, float* v_max) const {
     if (grad_divisor != 1) {
       grad /= grad_divisor;
     }
-    const Vector old = load(m);
-    const Vector exp_avg = (near_old ? old : grad) + weight1 * (grad - old);
+    const Vec old = load(m);
+    const Vec exp_avg = (near_old ? old : grad) + weight1 * (grad - old);
     store(m, exp_avg);
-    Vector second = beta2 * load(v) + weight2 * (grad * grad);
+    Vec second = beta2 * load(v) + weight2 * (grad * grad);
     store(v, second);
     if (v_max != nullptr) {
-      const Vector largest = load(v_max);
+      const Vec largest = load(v_max);
       second = (largest > second) | (largest != largest) ? largest : second;  // a NaN stays
       store(v_max, second);
     }
-    const Vector denominator = square_root(second) * rescale + eps;
+    const Vec denominator = square_root(second) * rescale + eps;
     return p * decay - size * exp_avg / denominator;
   }
 };
@@ -285,23 +201,23 @@ void update_block(const Arithmetic& arithmetic, float* p, const float* g, float*
 
 #if defined(__AVX512F__)
 // Hardware's own gather and scatter are slow on some processors; sixteen loads nowhere.
-inline Vector gather(const float* from, const int32_t* at) {
-  return Vector{from[at[0]],  from[at[1]],  from[at[2]],  from[at[3]], from[at[4]],  from[at[5]],
-                from[at[6]],  from[at[7]],  from[at[8]],  from[at[9]], from[at[10]], from[at[11]],
-                from[at[12]], from[at[13]], from[at[14]], from[at[15]]};
+inline Vec gather(const float* from, const int32_t* at) {
+  return Vec{from[at[0]],  from[at[1]],  from[at[2]],  from[at[3]], from[at[4]],  from[at[5]],
+             from[at[6]],  from[at[7]],  from[at[8]],  from[at[9]], from[at[10]], from[at[11]],
+             from[at[12]], from[at[13]], from[at[14]], from[at[15]]};
 }
 #elif defined(__AVX2__)
-inline Vector gather(const float* from, const int32_t* at) {
-  return Vector{from[at[0]], from[at[1]], from[at[2]], from[at[3]],
-                from[at[4]], from[at[5]], from[at[6]], from[at[7]]};
+inline Vec gather(const float* from, const int32_t* at) {
+  return Vec{from[at[0]], from[at[1]], from[at[2]], from[at[3]],
+             from[at[4]], from[at[5]], from[at[6]], from[at[7]]};
 }
 #else
-inline Vector gather(const float* from, const int32_t* at) {
-  return Vector{from[at[0]], from[at[1]], from[at[2]], from[at[3]]};
+inline Vec gather(const float* from, const int32_t* at) {
+  return Vec{from[at[0]], from[at[1]], from[at[2]], from[at[3]]};
 }
 #endif
 
-inline void scatter(Vector x, float* to, const int32_t* at) {
+inline void scatter(Vec x, float* to, const int32_t* at) {
   for (int64_t i = 0; i < kWidth; ++i) to[at[i]] = x[i];
 }
 
@@ -316,7 +232,7 @@ int64_t update_stream(const Arithmetic& arithmetic, const Run& run) {
   auto* const v_max = static_cast<float*>(run.max_exp_avg_sq);
   int64_t i = 0;
   for (; i + kWidth <= run.count; i += kWidth) {
-    const Vector p = gather(param, at + i), g = gather(grad, at + i);
+    const Vec p = gather(param, at + i), g = gather(grad, at + i);
     scatter(arithmetic(p, g, m + i, v + i, v_max ? v_max + i : nullptr), param, at + i);
   }
   return i;
@@ -326,17 +242,17 @@ int64_t update_stream(const Arithmetic& arithmetic, const Run& run) {
 
 void update(const Run& run, const Step& step) {
   const Arithmetic arithmetic(step);
-  const bool param_lies = run.param_dtype == Dtype::kFloat && run.param_at.at == nullptr;
-  const bool grad_lies = run.grad_dtype == Dtype::kFloat && run.grad_at.at == nullptr;
+  const bool param_lies = run.param_dtype == Dtype::float32 && run.param_at.at == nullptr;
+  const bool grad_lies = run.grad_dtype == Dtype::float32 && run.grad_at.at == nullptr;
   const bool together = run.param_at.at != nullptr && run.param_at.at == run.grad_at.at;
   const bool in_place = param_lies && run.master == nullptr;
   auto* const full = static_cast<float*>(in_place ? run.param : run.master);
   auto* const v_max = static_cast<float*>(run.max_exp_avg_sq);
-  const bool wide = run.state_dtype == Dtype::kFloat;
+  const bool wide = run.state_dtype == Dtype::float32;
   alignas(64) float p_buffer[kBlock], g_buffer[kBlock], m_buffer[kBlock], v_buffer[kBlock];
   int64_t begin = 0;
-  if (together && wide && !run.master && run.param_dtype == Dtype::kFloat &&
-      run.grad_dtype == Dtype::kFloat && run.param_at.bytes == 4 && run.count >= kWidth &&
+  if (together && wide && !run.master && run.param_dtype == Dtype::float32 &&
+      run.grad_dtype == Dtype::float32 && run.param_at.bytes == 4 && run.count >= kWidth &&
       is_stream(static_cast<const int32_t*>(run.param_at.at), run.count)) {
     begin = update_stream(arithmetic, run);
   }

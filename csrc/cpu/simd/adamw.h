@@ -4,11 +4,9 @@
 #include <cstdint>
 
 #include "cpu/capability.h"
+#include "cpu/simd/dtypes.h"
 
 namespace fishkern::adamw {
-
-// kByte: moments in 8 bits (simd/moments.h), nothing else.
-enum class Dtype : uint8_t { kFloat, kBFloat16, kHalf, kDouble, kByte };
 
 // So many moments in 8 bits share a scale, and are therefore updated by one thread.
 constexpr int64_t kScaleBlock = 32;

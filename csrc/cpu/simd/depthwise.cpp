@@ -13,8 +13,6 @@ namespace {
 // So many entries of the kernel share the loads of the gradient.
 constexpr int kEntries = 8;
 
-using Unaligned = float __attribute__((vector_size(4 * kWidth), may_alias, aligned(4)));
-
 int64_t rounded(int64_t size) { return (size + kWidth - 1) / kWidth * kWidth; }
 
 // How the planes lie in the scratch memory.
@@ -96,10 +94,8 @@ void add_products(const float* grad, const float* x, const int64_t* shifts, int6
   Vec total[kEntries] = {};
   for (int64_t i = 0; i < size; i += kWidth) {
     const Vec g = load(grad + i);
-    for (int j = 0; j < kEntries; ++j) {
-      const Vec v = *reinterpret_cast<const Unaligned*>(x + shifts[j] + i);
-      total[j] = multiply_add(g, v, total[j]);
-    }
+    for (int j = 0; j < kEntries; ++j)
+      total[j] = multiply_add(g, load(x + shifts[j] + i), total[j]);
   }
   float found[kEntries];
   for (int j = 0; j < kEntries; j += 4) sum_lanes(total + j, found + j);

@@ -25,26 +25,27 @@ struct BiasSums {
   float* sum;    // [size] of the sample under way
   float* total;  // [size] over samples
 
+  // A panel of the chunk, which begins at this feature.
   template <int kPanel>
-  void add(const float* panels, const Chunk& chunk, int64_t size) const {
-    for (int64_t begin = 0; begin < size; begin += kPanel) {
-      const float* in = panels + begin * chunk.size();
-      if (size - begin >= kPanel) {
-        add_panel<kPanel>(in, chunk, begin, kPanel);  // a width known to the compiler
+  void add(const Operand& panel, const Chunk& chunk, int64_t begin) const {
+    with_type(panel.dtype, [&]<typename T>(T) {
+      if (panel.size == kPanel) {
+        add_as<T, kPanel>(panel, chunk, begin, kPanel);  // a width known to the compiler
       } else {
-        add_panel<kPanel>(in, chunk, begin, size - begin);
+        add_as<T, kPanel>(panel, chunk, begin, panel.size);
       }
-    }
+    });
   }
 
-  template <int kPanel>
-  [[gnu::always_inline]] inline void add_panel(const float* in, const Chunk& chunk, int64_t begin,
-                                               int64_t width) const {
+  template <typename T, int kPanel>
+  [[gnu::always_inline]] inline void add_as(const Operand& panel, const Chunk& chunk, int64_t begin,
+                                            int64_t width) const {
     for (int64_t n = 0; n < chunk.samples; ++n) {
+      const T* in = static_cast<const T*>(panel.data) + n * panel.sample_stride;
       float s[kPanel];
       for (int64_t j = 0; j < width; ++j) s[j] = chunk.first ? 0.0f : sum[begin + j];
-      for (int64_t t = 0; t < chunk.tokens; ++t, in += width)
-        for (int64_t j = 0; j < width; ++j) s[j] += in[j];
+      for (int64_t t = 0; t < chunk.tokens; ++t, in += panel.token_stride)
+        for (int64_t j = 0; j < width; ++j) s[j] += to_float(in[j]);
       if (chunk.last) {
         for (int64_t j = 0; j < width; ++j) total[begin + j] += s[j] * s[j];
       } else {
@@ -68,7 +69,8 @@ class Block {
         col_(index % problem.num_col_blocks() * problem.block_cols),
         rows_(min(problem.block_rows, problem.rows.size - row_)),
         cols_(min(problem.block_cols, problem.cols.size - col_)),
-        padded_cols_(round_up(cols_, kWidth)) {
+        padded_cols_(round_up(cols_, kWidth)),
+        in_place_cols_(problem.in_place ? cols_ / kTileCols * kTileCols : 0) {
     const auto take = [&](int64_t size) {
       float* taken = scratch + used_;
       used_ += round_up(size, kAlignment / 4);
@@ -79,7 +81,8 @@ class Block {
     const int64_t tokens = chunk_size();
     fisher_ = take(area);
     packed_rows_ = take(tokens * problem.block_rows);
-    packed_cols_ = take(tokens * round_up(problem.block_cols, kWidth));
+    packed_cols_ =
+        take(tokens * (problem.in_place ? kTileCols : round_up(problem.block_cols, kWidth)));
     if (problem.tokens > kChunkTokens) partial_ = take(area);
     if (problem.scores) mask_ = take(area), scores_ = take(tokens * kWidth);
     const int64_t bias = problem.rows.bias   ? problem.block_rows
@@ -106,10 +109,13 @@ class Block {
                           t,      min(tokens, problem_.tokens - t),
                           t == 0, t + tokens >= problem_.tokens};
         pack_side<kTileRows, 1>(problem_.rows, chunk, row_, rows_, packed_rows_);
-        pack_side<kTileCols, kWidth>(problem_.cols, chunk, col_, cols_, packed_cols_);
-        if (row_bias) bias_.add<kTileRows>(packed_rows_, chunk, rows_);
-        if (col_bias) bias_.add<kTileCols>(packed_cols_, chunk, padded_cols_);
+        pack_side<kTileCols, kWidth>(problem_.cols, chunk, col_ + in_place_cols_,
+                                     cols_ - in_place_cols_, packed_cols_);
         compute_chunk(chunk);
+        for (int64_t r = 0; row_bias && r < rows_; r += kTileRows)
+          bias_.add<kTileRows>(row_panel(chunk, r), chunk, r);
+        for (int64_t c = 0; col_bias && c < cols_; c += kTileCols)
+          bias_.add<kTileCols>(col_panel(chunk, c), chunk, c);
       }
     }
     add_to_output();
@@ -122,6 +128,17 @@ class Block {
   int64_t chunk_size() const {
     if (problem_.tokens > kChunkTokens) return kChunkTokens;
     return min(problem_.samples, kChunkTokens / problem_.tokens) * problem_.tokens;
+  }
+
+  // The panels that begin at row r and at column c of the block.
+  Operand row_panel(const Chunk& chunk, int64_t r) const {
+    return packed(packed_rows_ + r * chunk.size(), chunk, min(kTileRows, rows_ - r));
+  }
+
+  Operand col_panel(const Chunk& chunk, int64_t c) const {
+    if (c < in_place_cols_) return part_of(problem_.cols, chunk, col_ + c, kTileCols);
+    return packed(packed_cols_ + (c - in_place_cols_) * chunk.size(), chunk,
+                  min(kTileCols, padded_cols_ - c));
   }
 
   static void fill(float* p, int64_t size) {
@@ -147,14 +164,16 @@ class Block {
           .samples = chunk.samples,
           .tokens = chunk.tokens,
           .rows = packed_rows_ + r * chunk.size(),
-          .cols = packed_cols_ + c * chunk.size(),
+          .cols = col_panel(chunk, c),
+          .ahead = c < in_place_cols_ && r == 0,
           .partial_in = chunk.first ? nullptr : partial,
           .partial_out = chunk.last ? nullptr : partial,
           .fisher = fisher_ + offset,
           .mask = mask_ ? mask_ + offset : nullptr,
           .scores = scores_,
       };
-      tile_function(rows, cols / kWidth)(tile);
+      with_type(tile.cols.dtype,
+                [&]<typename T>(T) { tile_function<T>(rows, cols / kWidth)(tile); });
     });
     if (!mask_ || !chunk.last) return;
     for (int64_t n = 0; n < chunk.samples; ++n) {
@@ -198,7 +217,7 @@ class Block {
   }
 
   const Problem& problem_;
-  int64_t index_, row_, col_, rows_, cols_, padded_cols_;
+  int64_t index_, row_, col_, rows_, cols_, padded_cols_, in_place_cols_;
   int64_t used_ = 0;
   float *fisher_, *packed_rows_, *packed_cols_;
   float *partial_ = nullptr, *mask_ = nullptr, *scores_ = nullptr;

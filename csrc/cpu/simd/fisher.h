@@ -35,6 +35,8 @@ struct Problem {
   int64_t mask_row_stride = 0, mask_col_stride = 0;
   // The result is computed in blocks of this size, numbered row by row.
   int64_t block_rows = 0, block_cols = 0;
+  // Whether columns are read where they lie, side by side, instead of being packed.
+  bool in_place = false;
 
   int64_t num_row_blocks() const { return blocks(rows.size, block_rows); }
   int64_t num_col_blocks() const { return blocks(cols.size, block_cols); }

@@ -20,6 +20,19 @@ struct Chunk {
   int64_t size() const { return samples * tokens; }
 };
 
+// A packed panel of `width` features as an operand of the chunk's samples and tokens.
+inline Operand packed(const float* panel, const Chunk& chunk, int64_t width) {
+  return {panel, Dtype::float32, width, chunk.tokens * width, width, 1};
+}
+
+// Features [begin, begin + size) of the chunk's samples and tokens.
+inline Operand part_of(Operand operand, const Chunk& chunk, int64_t begin, int64_t size) {
+  advance(operand, begin * operand.stride + chunk.sample * operand.sample_stride +
+                       chunk.token * operand.token_stride);
+  operand.size = size;
+  return operand;
+}
+
 // Packs features [begin, begin + size) as panels of kPanel features, the last one of what is left,
 // rounded up to a multiple of kRound and filled with zeros.
 template <typename T, int kPanel, int kRound>

@@ -5,24 +5,11 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 
 #include "cpu/simd/adamw.h"
 
 namespace fishkern::adamw {
 namespace {
-
-inline uint32_t bits_of(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof(bits));
-  return bits;
-}
-
-inline float float_of(uint32_t bits) {
-  float x;
-  std::memcpy(&x, &bits, sizeof(x));
-  return x;
-}
 
 constexpr uint32_t kNotFinite = 255;  // the scale of a block that is NaN everywhere
 constexpr uint32_t kDropped = 19;     // bits of float32's mantissa that are rounded away
@@ -103,19 +90,19 @@ uint8_t write_block(const float* from, const uint32_t* random, int64_t n, uint8_
   return static_cast<uint8_t>(exponent);
 }
 
-inline uint16_t round_to_bfloat16(float x, uint32_t up) {
-  return static_cast<uint16_t>(x != x ? 0x7fc0u : (bits_of(x) + up) >> 16);
+inline BFloat16 round_at_random(float x, uint32_t up) {
+  return {static_cast<uint16_t>(x != x ? 0x7fc0u : (bits_of(x) + up) >> 16)};
 }
 
 // The moments of the run's entries [begin, begin + n) in float32; begin is a multiple of
 // kScaleBlock.
 void read_moments(const Run& run, int64_t begin, int64_t n, float* m, float* v) {
-  if (run.state_dtype == Dtype::kBFloat16) {
-    const auto* const m16 = static_cast<const uint16_t*>(run.exp_avg) + begin;
-    const auto* const v16 = static_cast<const uint16_t*>(run.exp_avg_sq) + begin;
+  if (run.state_dtype == Dtype::bfloat16) {
+    const auto* const m16 = static_cast<const BFloat16*>(run.exp_avg) + begin;
+    const auto* const v16 = static_cast<const BFloat16*>(run.exp_avg_sq) + begin;
     for (int64_t i = 0; i < n; ++i) {
-      m[i] = float_of(uint32_t{m16[i]} << 16);
-      v[i] = float_of(uint32_t{v16[i]} << 16);
+      m[i] = to_float(m16[i]);
+      v[i] = to_float(v16[i]);
     }
     return;
   }
@@ -135,12 +122,12 @@ void write_moments(const Run& run, uint32_t step, int64_t begin, int64_t n, cons
     const int64_t at = begin + i, part = n - i < kScaleBlock ? n - i : kScaleBlock;
     const uint32_t entry = static_cast<uint32_t>(run.first + at);
     for (int64_t j = 0; j < part; ++j) random[j] = noise(step, entry + static_cast<uint32_t>(j));
-    if (run.state_dtype == Dtype::kBFloat16) {
-      auto* const m16 = static_cast<uint16_t*>(run.exp_avg) + at;
-      auto* const v16 = static_cast<uint16_t*>(run.exp_avg_sq) + at;
+    if (run.state_dtype == Dtype::bfloat16) {
+      auto* const m16 = static_cast<BFloat16*>(run.exp_avg) + at;
+      auto* const v16 = static_cast<BFloat16*>(run.exp_avg_sq) + at;
       for (int64_t j = 0; j < part; ++j) {
-        m16[j] = round_to_bfloat16(m[i + j], random[j] >> 16);
-        v16[j] = round_to_bfloat16(v[i + j], random[j] & 0xffffu);
+        m16[j] = round_at_random(m[i + j], random[j] >> 16);
+        v16[j] = round_at_random(v[i + j], random[j] & 0xffffu);
       }
     } else {
       run.exp_avg_scale[at / kScaleBlock] =

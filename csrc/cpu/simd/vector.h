@@ -5,8 +5,11 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
-#if defined(__AVX2__)
+#include "cpu/simd/dtypes.h"
+
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -24,12 +27,42 @@ constexpr int kWidth = 4;
 using Vec = float __attribute__((vector_size(4 * kWidth), may_alias));
 using VecBits = int32_t __attribute__((vector_size(4 * kWidth), may_alias));
 
-// Memory that Vec is read from and written to is aligned to this many bytes.
+// Scratch memory is aligned to this many bytes. Vectors may lie anywhere: on a boundary they are
+// read in one go.
 constexpr int64_t kAlignment = 64;
 
-inline Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
-inline VecBits load_bits(const float* p) { return *reinterpret_cast<const VecBits*>(p); }
-inline void store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
+template <typename V = Vec>
+inline V load(const void* p) {
+  V v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof(v)); }
+
+// A vector of any dtype's numbers.
+
+inline Vec load_floats(const float* p) { return load(p); }
+
+inline Vec load_floats(const BFloat16* p) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(load<__m256i>(p)), 16);
+#elif defined(__AVX2__)
+  return (Vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(load<__m128i>(p)), 16);
+#else
+  return Vec{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])};
+#endif
+}
+
+inline Vec load_floats(const Float16* p) {
+#if defined(__AVX512F__)
+  return _mm512_cvtph_ps(load<__m256i>(p));
+#elif defined(__AVX2__)
+  return _mm256_cvtph_ps(load<__m128i>(p));
+#else
+  return Vec{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])};
+#endif
+}
 
 // a * b + c, rounded once where the CPU can.
 inline Vec multiply_add(Vec a, Vec b, Vec c) {
