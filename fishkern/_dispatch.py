@@ -20,7 +20,7 @@ from typing import Any
 
 PREFERENCE = {
     "cpu": ("native", "reference"),
-    "cuda": ("triton", "native", "reference"),
+    "cuda": ("triton", "reference"),
 }
 BACKENDS = ("native", "triton", "reference")
 

@@ -47,6 +47,6 @@ def test_command_reaches_its_end_whatever_is_asked_for():
         check=True,
     )
     told = sections(run.stdout)
-    assert "FISHKERN_BUILD=cuda asks for CUDA" in told["backends"]["native"]
+    assert "FISHKERN_BUILD is 'cuda': set it to one of" in told["backends"]["native"]
     assert "no backend is named 'no-such-backend'" in told["ops"]["topk_indices"]
     assert asked.items() <= told["settings"].items()

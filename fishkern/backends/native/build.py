@@ -24,7 +24,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 LIBRARY = "libfishkern_native.so"
-MODES = ("auto", "none", "cpu", "cuda")
+MODES = ("auto", "none", "cpu")
 
 FLAGS = [
     *("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden"),
@@ -49,18 +49,16 @@ class BuildError(RuntimeError):
 def mode() -> str:
     """What the environment variable ``FISHKERN_BUILD`` asks for.
 
-    "auto" (the default) builds what can be built, "none" nothing; "cpu" and "cuda" insist.
+    "auto" (the default) builds what can be built, "none" nothing; "cpu" insists.
 
     Raises:
-        BuildError: The value is none of these, or can never be met.
+        BuildError: The value is none of these.
     """
     value = os.environ.get("FISHKERN_BUILD") or "auto"
     if value not in MODES:
-        raise BuildError(f"FISHKERN_BUILD is {value!r}: set it to one of {', '.join(MODES)}")
-    if value == "cuda":
         raise BuildError(
-            "FISHKERN_BUILD=cuda asks for CUDA C++ kernels, but this version has none (its GPU "
-            "kernels are written in Triton and need no build): set it to auto or cpu"
+            f"FISHKERN_BUILD is {value!r}: set it to one of {', '.join(MODES)} "
+            f"(GPU kernels are written in Triton, which needs no build)"
         )
     return value
 
