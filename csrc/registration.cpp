@@ -31,7 +31,8 @@ STABLE_TORCH_LIBRARY(fishkern_native, m) {
   m.def(
       "masked_adamw_packed_(Tensor(a!)[] params, Tensor[] grads, Tensor offsets, Tensor indices, "
       "Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!)? max_exp_avg_sq, Tensor(e!)? master, "
-      "Tensor(f!) steps, Tensor lr, float beta1, float beta2, float eps, float weight_decay, "
+      "Tensor(f!) steps_before, Tensor lr, float beta1, float beta2, float eps, float "
+      "weight_decay, "
       "bool maximize=False, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()");
   m.def(
       "masked_adamw_quantized_(Tensor(a!)[] params, Tensor[] grads, Tensor[] indices, "
@@ -44,6 +45,7 @@ STABLE_TORCH_LIBRARY(fishkern_native, m) {
       "masked_adamw_packed_at_(Tensor(a!) param, Tensor grad, int[] param_at, int[] grad_at, "
       "int[] numels, Tensor offsets, Tensor indices, "
       "Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!)? max_exp_avg_sq, Tensor(e!)? master, "
-      "Tensor(f!) steps, Tensor lr, float beta1, float beta2, float eps, float weight_decay, "
+      "Tensor(f!) steps_before, Tensor lr, float beta1, float beta2, float eps, float "
+      "weight_decay, "
       "bool maximize=False, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()");
 }

@@ -48,13 +48,13 @@ SCHEMAS = {
         "bool maximize=False, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()"
     ),
     # The same with all tensors' state in one: tensor i has the entries offsets[i]:offsets[i + 1]
-    # (int64, on the host). A tensor with as many entries as numbers takes no indices. steps counts
-    # the steps before this one, and is raised. For small steps: half of one is reading lists.
+    # (int64, on the host). A tensor with as many entries as numbers takes no indices. steps_before
+    # counts the steps before this one, and is raised. For small steps: half is reading lists.
     "masked_adamw_packed_": (
         "(Tensor(a!)[] params, Tensor[] grads, Tensor offsets, Tensor indices, "
         "Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!)? max_exp_avg_sq, "
-        "Tensor(e!)? master, "
-        "Tensor(f!) steps, Tensor lr, float beta1, float beta2, float eps, float weight_decay, "
+        "Tensor(e!)? master, Tensor(f!) steps_before, "
+        "Tensor lr, float beta1, float beta2, float eps, float weight_decay, "
         "bool maximize=False, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()"
     ),
     # Moments in bfloat16, without scales, or in uint8, with one for each 32 entries.

@@ -83,11 +83,11 @@ void update_packed(size_t n, const Params& params, const Grads& grads, const Ten
 
 // The same with the state of all tensors in one: that of tensor i are the entries from offsets[i]
 // to offsets[i + 1]. The indices lie packed too, but a tensor with as many entries as it has
-// numbers takes none. `steps` counts the steps before this one, and is raised.
+// numbers takes none. `steps_before` counts the steps before this one, and is raised.
 void masked_adamw_packed_(const Tensors& params, const Tensors& grads, const Tensor& offsets,
                           const Tensor& indices, const Tensor& exp_avg, const Tensor& exp_avg_sq,
                           const std::optional<Tensor>& max_exp_avg_sq,
-                          const std::optional<Tensor>& master, const Tensor& steps,
+                          const std::optional<Tensor>& master, const Tensor& steps_before,
                           const Tensor& lr, double beta1, double beta2, double eps,
                           double weight_decay, bool maximize,
                           const std::optional<Tensor>& grad_scale,
@@ -100,7 +100,7 @@ void masked_adamw_packed_(const Tensors& params, const Tensors& grads, const Ten
   update_packed(
       n, [&](size_t i) { return Values(params[i], "params", i); },
       [&](size_t i) { return Values(grads[i], "grads", i); }, offsets, indices, exp_avg, exp_avg_sq,
-      max_exp_avg_sq, master, Steps(steps, n, options, true));
+      max_exp_avg_sq, master, Steps(steps_before, n, options, true));
 }
 
 // The same for contiguous parameters and gradients that have the dtype of `param` and `grad`, by
@@ -111,7 +111,7 @@ void masked_adamw_packed_at_(
     const std::vector<int64_t>& grad_at, const std::vector<int64_t>& numels, const Tensor& offsets,
     const Tensor& indices, const Tensor& exp_avg, const Tensor& exp_avg_sq,
     const std::optional<Tensor>& max_exp_avg_sq, const std::optional<Tensor>& master,
-    const Tensor& steps, const Tensor& lr, double beta1, double beta2, double eps,
+    const Tensor& steps_before, const Tensor& lr, double beta1, double beta2, double eps,
     double weight_decay, bool maximize, const std::optional<Tensor>& grad_scale,
     const std::optional<Tensor>& found_inf) {
   if (skipped(found_inf)) return;
@@ -126,7 +126,7 @@ void masked_adamw_packed_at_(
   update_packed(
       n, [&](size_t i) { return Values(param_at[i], numels[i], param_dtype); },
       [&](size_t i) { return Values(grad_at[i], numels[i], grad_dtype); }, offsets, indices,
-      exp_avg, exp_avg_sq, max_exp_avg_sq, master, Steps(steps, n, options, true));
+      exp_avg, exp_avg_sq, max_exp_avg_sq, master, Steps(steps_before, n, options, true));
 }
 
 }  // namespace fishkern::adamw

@@ -7,6 +7,11 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 
+def raised(steps_before: Tensor, found_inf: Tensor | None) -> Tensor:
+    """The number of this step, counted from 1; where ``found_inf`` skips it, that of the last."""
+    return steps_before + (1 if found_inf is None else (found_inf == 0).to(steps_before))
+
+
 def by_lists(masked_adamw_: Callable[..., None]) -> Callable[..., None]:
     """The packed op that calls a backend's ``masked_adamw_``."""
 
@@ -19,7 +24,7 @@ def by_lists(masked_adamw_: Callable[..., None]) -> Callable[..., None]:
         exp_avg_sq: Tensor,
         max_exp_avg_sq: Tensor | None,
         master: Tensor | None,
-        steps: Tensor,
+        steps_before: Tensor,
         lr: Tensor,
         beta1: float,
         beta2: float,
@@ -35,11 +40,11 @@ def by_lists(masked_adamw_: Callable[..., None]) -> Callable[..., None]:
             [] if packed is None else packed.split(counts)
             for packed in (exp_avg, exp_avg_sq, max_exp_avg_sq, master)
         ]
-        raised = steps + (1 if found_inf is None else (found_inf == 0).to(steps))
+        steps = raised(steps_before, found_inf)
         masked_adamw_(
             *(params, grads, indices.split(stored), *state),
-            *(raised, lr, beta1, beta2, eps, weight_decay, maximize, grad_scale, found_inf),
+            *(steps, lr, beta1, beta2, eps, weight_decay, maximize, grad_scale, found_inf),
         )
-        steps.copy_(raised)
+        steps_before.copy_(steps)
 
     return masked_adamw_packed_

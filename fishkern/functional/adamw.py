@@ -94,7 +94,7 @@ def masked_adamw_(
         list(exp_avg_sqs),
         list(max_exp_avg_sqs),
         list(masters),
-        step_vector(steps, params[0].device),
+        step_vector(steps),
         lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64, device="cpu"),
         *betas,
         eps,
@@ -105,8 +105,8 @@ def masked_adamw_(
     )
 
 
-def step_vector(steps: Sequence[Tensor | float] | Tensor, device: torch.device) -> Tensor:
-    """One float32 tensor of steps; on the parameters' device only if the steps were there."""
+def step_vector(steps: Sequence[Tensor | float] | Tensor) -> Tensor:
+    """One float32 tensor of steps, where they are; on the host if they are numbers."""
     if isinstance(steps, Tensor):
         return steps.to(torch.float32)
     if all(isinstance(step, Tensor) for step in steps):

@@ -113,7 +113,7 @@ def masked_adamw_quantized_(
         list(exp_avg_scales),
         list(exp_avg_sq_scales),
         list(masters),
-        step_vector(steps, params[0].device),
+        step_vector(steps),
         lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64, device="cpu"),
         *betas,
         eps,

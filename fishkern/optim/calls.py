@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fishkern import _ops
+from fishkern.backends.packed import raised
 from fishkern.optim.cohorts import Sorting
 from fishkern.optim.plans import Batch, Call, Packed
 from fishkern.optim.quantized import SCALES
@@ -86,14 +87,13 @@ def _run_lists(call: Call, amsgrad: bool, options: tuple[Any, ...]) -> None:
     if batch.sharded:
         lists = [[t.to_local() if is_sharded(t) else t for t in tensors] for tensors in lists]
     op = _ops.masked_adamw_quantized_ if quantized else _ops.masked_adamw_
-    found_inf = options[-1]
-    steps = _packed(call, "step") if call.some is None else torch.stack(values["step"])
-    raised = steps + (1 if found_inf is None else (found_inf == 0).to(steps))
-    op(*lists, raised, *options)
+    before = _packed(call, "step") if call.some is None else torch.stack(values["step"])
+    steps = raised(before, found_inf=options[-1])
+    op(*lists, steps, *options)
     if call.some is None:
-        steps.copy_(raised)
+        before.copy_(steps)
     else:
-        torch._foreach_copy_(values["step"], raised.unbind())
+        torch._foreach_copy_(values["step"], steps.unbind())
 
 
 def _run_sorted(call: Call, sorting: Sorting, amsgrad: bool, options: tuple[Any, ...]) -> None:

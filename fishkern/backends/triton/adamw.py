@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fishkern.backends.packed import by_lists
+from fishkern.backends.packed import by_lists, raised
 from fishkern.backends.triton.adamw_tables import (
     BLOCK,
     COUNT,
@@ -310,7 +310,7 @@ def masked_adamw_packed_(
     exp_avg_sq: Tensor,
     max_exp_avg_sq: Tensor | None,
     master: Tensor | None,
-    steps: Tensor,
+    steps_before: Tensor,
     lr: Tensor,
     beta1: float,
     beta2: float,
@@ -325,7 +325,7 @@ def masked_adamw_packed_(
     options = (lr, beta1, beta2, eps, weight_decay, maximize, grad_scale, found_inf)
     every = (*params, *grads, *(t for t in state if t is not None))
     if not all(map(Tensor.is_contiguous, every)):
-        _by_lists(params, grads, offsets, *state, steps, *options)
+        _by_lists(params, grads, offsets, *state, steps_before, *options)
         return
     wide = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
     wide |= {} if max_exp_avg_sq is None else {"max_exp_avg_sq": max_exp_avg_sq}
@@ -335,9 +335,9 @@ def masked_adamw_packed_(
         _device_of(params), describe(params), describe(grads), tuple(offsets.diff().tolist()),
         *map(describe_packed, state),
     )  # fmt: skip
-    raised = steps + (1 if found_inf is None else (found_inf == 0).to(steps))
-    launch_all(tables, max_exp_avg_sq is not None, raised, *options)
-    steps.copy_(raised)
+    steps = raised(steps_before, found_inf)
+    launch_all(tables, max_exp_avg_sq is not None, steps, *options)
+    steps_before.copy_(steps)
 
 
 def _contiguous(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
