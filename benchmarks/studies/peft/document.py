@@ -85,6 +85,8 @@ with the reason.
 - **cost**: the time of `estimate_fisher(verify=0)` over that of an ordinary forward and backward
   pass of the same {samples} samples of {tokens} tokens, which trains the same parameters. The two
   alternate; the cost is the median of their ratios. A row without a cost has not been timed.
+  One small batch: what a call does once - the modules found, the first sample run alone - weighs
+  more here than where several batches are scored (`python -m benchmarks.run --case scoring`).
 - **timed on**: the model, its size, and how many weights the method trains. Bert is
   all-MiniLM-L6-v2 with its real weights, the others have random weights.
 
