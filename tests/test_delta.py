@@ -363,7 +363,7 @@ def one_changed():
         ),
         (
             one_changed,
-            {"base": bert, "mask": lambda: random_mask(nn.Linear(2, 2))},
+            {"base": bert, "mask": lambda: random_mask(nn.Linear(2, 2), 0.5)},
             "the mask names 'weight'",
         ),
         (lambda: one_changed().to("meta"), {"base": bert}, 'is on "meta" and has no values'),
