@@ -80,15 +80,15 @@ class Case:
     min_rounds: ClassVar[int] = 3
 
     def sweep(self, suite: str, device: str) -> list[Config]:
-        raise NotImplementedError
+        raise NotImplementedError  # every case has its own
 
     def setup(self, config: Config, device: str) -> Any:
         """The workload, the same each time. It may complete ``config`` by what it found here."""
-        raise NotImplementedError
+        raise NotImplementedError  # every case has its own
 
     def gate(self, config: Config, device: str, contender: str) -> None:
         """Raise Wrong if the contender computes something else than the truth."""
-        raise NotImplementedError
+        raise NotImplementedError  # every case has its own
 
     def metrics(
         self, config: Config, workload: Any, times: Times

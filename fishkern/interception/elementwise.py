@@ -86,12 +86,8 @@ class Tracked(Tensor):
         """Track a plain tensor."""
         tracked = value.as_subclass(Tracked)
         tracked.value, tracked.sources, tracked.consume = value, sources, consume
-        tracked.slope, tracked.version, tracked.met, tracked.settled = (
-            None,
-            value._version,
-            None,
-            {},
-        )
+        tracked.slope, tracked.version = None, value._version
+        tracked.met, tracked.settled = None, {}
         return tracked
 
     def use(self, shape: torch.Size, met: torch.Size | None = None) -> Tensor:

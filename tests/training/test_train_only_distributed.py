@@ -94,7 +94,7 @@ def _replicated(rank, make):
     assert sum(reduced) == 3 * mask.num_selected
     same_on_all_ranks(handle.parameters())
     same_on_all_ranks(model.state_dict().values())
-    assert distance(weights(model), weights(alone)) < MODEL
+    assert distance(weights(model), weights(alone)) < MODEL / 10
     assert distance(weights(model), weights(mlp())) > 1e-3
 
 

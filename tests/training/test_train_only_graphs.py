@@ -53,7 +53,7 @@ def test_a_compiled_model_trains_as_the_plain_one(make):
             optimizer.zero_grad()
             forward(x).square().sum().backward()
             optimizer.step()
-    assert distance(weights(model), weights(twin)) < MODEL
+    assert distance(weights(model), weights(twin)) < MODEL / 10
 
 
 def test_a_compiled_model_sees_what_is_loaded():

@@ -165,7 +165,7 @@ def test_merged_adapters_keep_their_delta():
     expected = copy.deepcopy(model)
     fishkern.attached(expected).remove()
     merged, plain = model.merge_and_unload(), expected.merge_and_unload()
-    assert distance(weights(plain), weights(merged)) < MODEL
+    assert distance(weights(plain), weights(merged)) < MODEL / 10
 
 
 def test_a_trained_adapter_is_merged_and_unmerged():
