@@ -40,12 +40,4 @@ STABLE_TORCH_LIBRARY(fishkern_native, m) {
       "Tensor(e!)[] exp_avg_sq_scales, Tensor(f!)[] masters, "
       "Tensor steps, Tensor lr, float beta1, float beta2, float eps, float weight_decay, "
       "bool maximize=False, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()");
-  // Of this library alone: what the native backend makes of the packed one.
-  m.def(
-      "masked_adamw_packed_at_(Tensor(a!) param, Tensor grad, int[] param_at, int[] grad_at, "
-      "int[] numels, Tensor offsets, Tensor indices, "
-      "Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!)? max_exp_avg_sq, Tensor(e!)? master, "
-      "Tensor(f!) steps_before, Tensor lr, float beta1, float beta2, float eps, float "
-      "weight_decay, "
-      "bool maximize=False, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()");
 }

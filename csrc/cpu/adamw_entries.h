@@ -1,12 +1,11 @@
 // Selected entries, whatever the dtypes and strides of their tensors; their sharing among threads.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-
 #include <type_traits>
 #include <vector>
 
 #include "cpu/simd/adamw.h"
+#include "cpu/tensor_list.h"
 
 namespace fishkern::adamw {
 
@@ -31,11 +30,11 @@ struct Layout {
   int64_t dim = 0;
 
   Layout() = default;
-  explicit Layout(const torch::stable::Tensor& tensor) {
+  explicit Layout(TensorRef tensor) {
     if (tensor.is_contiguous()) return;
     dim = tensor.dim();
-    sizes = tensor.sizes().data();
-    strides = tensor.strides().data();
+    sizes = tensor.sizes();
+    strides = tensor.strides();
   }
 
   bool contiguous() const { return dim == 0; }

@@ -10,28 +10,18 @@
 #include <vector>
 
 #include "cpu/adamw_entries.h"
+#include "cpu/tensor_list.h"
 
 namespace fishkern::adamw {
 
 using torch::stable::Tensor;
-using Tensors = std::vector<Tensor>;
 
-// Metadata. Each question to a tensor is a call through the C ABI: ask once.
-
-inline bool is_dtype(int32_t dtype, int32_t (*other)()) { return dtype == other(); }
-
-inline int32_t raw_dtype(const Tensor& tensor) {
-  int32_t dtype;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
-  return dtype;
-}
-
-inline Dtype floating_dtype(const Tensor& tensor, const char* name, size_t i) {
-  const int32_t dtype = raw_dtype(tensor);
-  if (is_dtype(dtype, aoti_torch_dtype_float32)) return Dtype::float32;
-  if (is_dtype(dtype, aoti_torch_dtype_bfloat16)) return Dtype::bfloat16;
-  if (is_dtype(dtype, aoti_torch_dtype_float16)) return Dtype::float16;
-  STD_TORCH_CHECK(is_dtype(dtype, aoti_torch_dtype_float64), name, "[", i,
+inline Dtype floating_dtype(TensorRef tensor, const char* name, size_t i) {
+  const int32_t dtype = tensor.dtype();
+  if (dtype == aoti_torch_dtype_float32()) return Dtype::float32;
+  if (dtype == aoti_torch_dtype_bfloat16()) return Dtype::bfloat16;
+  if (dtype == aoti_torch_dtype_float16()) return Dtype::float16;
+  STD_TORCH_CHECK(dtype == aoti_torch_dtype_float64(), name, "[", i,
                   "] is neither float32, bfloat16, float16 nor float64");
   return Dtype::float64;
 }
@@ -44,11 +34,11 @@ struct State {
   void* max_exp_avg_sq;
   void* master;
 
-  State(const Tensor& m, const Tensor& v, const Tensor* v_max, const Tensor* p, int64_t count,
-        size_t i)
+  State(TensorRef m, TensorRef v, std::optional<TensorRef> v_max, std::optional<TensorRef> p,
+        int64_t count, size_t i)
       : dtype(floating_dtype(m, "exp_avgs", i)),
-        exp_avg(data(&m, count, "exp_avgs", i)),
-        exp_avg_sq(data(&v, count, "exp_avg_sqs", i)),
+        exp_avg(data(m, count, "exp_avgs", i)),
+        exp_avg_sq(data(v, count, "exp_avg_sqs", i)),
         max_exp_avg_sq(data(v_max, count, "max_exp_avg_sqs", i)),
         master(data(p, count, "masters", i)) {}
 
@@ -61,8 +51,8 @@ struct State {
   }
 
  private:
-  void* data(const Tensor* tensor, int64_t count, const char* name, size_t i) const {
-    if (tensor == nullptr) return nullptr;
+  void* data(std::optional<TensorRef> tensor, int64_t count, const char* name, size_t i) const {
+    if (!tensor) return nullptr;
     STD_TORCH_CHECK(tensor->numel() == count && tensor->is_contiguous() &&
                         floating_dtype(*tensor, name, i) == dtype &&
                         (dtype == Dtype::float32 || dtype == Dtype::float64),
@@ -73,13 +63,12 @@ struct State {
   }
 };
 
-inline double scalar(const Tensor& tensor, const char* name) {
+inline double scalar(TensorRef tensor, const char* name) {
   STD_TORCH_CHECK(tensor.numel() == 1, name, " must hold one number");
-  const int32_t dtype = raw_dtype(tensor);
-  if (is_dtype(dtype, aoti_torch_dtype_float64)) {
+  if (tensor.is_dtype(aoti_torch_dtype_float64)) {
     return *static_cast<const double*>(tensor.const_data_ptr());
   }
-  STD_TORCH_CHECK(is_dtype(dtype, aoti_torch_dtype_float32), name,
+  STD_TORCH_CHECK(tensor.is_dtype(aoti_torch_dtype_float32), name,
                   " must be a float32 or float64 tensor");
   return *static_cast<const float*>(tensor.const_data_ptr());
 }
@@ -112,10 +101,10 @@ struct Options {
 class Steps {
  public:
   // `raise`: count this step, too, once all is known to be in order.
-  Steps(const Tensor& steps, size_t n, const Options& options, bool raise = false)
+  Steps(TensorRef steps, size_t n, const Options& options, bool raise = false)
       : options_(options), numel_(n), raise_(raise) {
     STD_TORCH_CHECK(steps.numel() == static_cast<int64_t>(n) && steps.is_contiguous() &&
-                        is_dtype(raw_dtype(steps), aoti_torch_dtype_float32),
+                        steps.is_dtype(aoti_torch_dtype_float32),
                     "steps must be a contiguous float32 tensor with ", n, " entries");
     numbers_ = static_cast<float*>(steps.mutable_data_ptr());
   }
@@ -146,14 +135,11 @@ struct Values {
   Dtype dtype;
   Layout layout;
 
-  Values(const Tensor& tensor, const char* name, size_t i)
+  Values(TensorRef tensor, const char* name, size_t i)
       : data(tensor.mutable_data_ptr()),
         numel(tensor.numel()),
         dtype(floating_dtype(tensor, name, i)),
         layout(tensor) {}
-
-  Values(int64_t address, int64_t n, Dtype type)
-      : data(reinterpret_cast<void*>(address)), numel(n), dtype(type) {}
 };
 
 // One tensor's parameter and gradient; `indices` is null where every entry is selected.
@@ -192,16 +178,15 @@ inline Entries entries_of(const Values& param, const Values& grad, Positions ind
           .grad_selected = grad_selected};
 }
 
-inline int64_t index_bytes(const Tensor& indices) {
-  const int32_t dtype = raw_dtype(indices);
-  const bool is_int = is_dtype(dtype, aoti_torch_dtype_int32);
-  STD_TORCH_CHECK((is_int || is_dtype(dtype, aoti_torch_dtype_int64)) && indices.is_contiguous(),
+inline int64_t index_bytes(TensorRef indices) {
+  const bool is_int = indices.is_dtype(aoti_torch_dtype_int32);
+  STD_TORCH_CHECK((is_int || indices.is_dtype(aoti_torch_dtype_int64)) && indices.is_contiguous(),
                   "indices must be contiguous, int32 or int64");
   return is_int ? 4 : 8;
 }
 
 // Where tensor i's `count` entries lie: `at` is null where all of it are selected.
-inline Positions positions_of(const Tensor& indices, int64_t count, size_t i) {
+inline Positions positions_of(TensorRef indices, int64_t count, size_t i) {
   const int64_t selected = indices.numel();
   STD_TORCH_CHECK(selected == 0 || selected == count, "exp_avgs[", i, "] has ", count,
                   " entries, indices[", i, "] ", selected);
@@ -210,12 +195,12 @@ inline Positions positions_of(const Tensor& indices, int64_t count, size_t i) {
 }
 
 // One entry for each of n parameters in every list; optional ones may be empty.
-inline void check_lists(size_t n, std::initializer_list<const Tensors*> lists,
-                        std::initializer_list<const Tensors*> optional) {
-  for (const Tensors* list : lists) {
+inline void check_lists(size_t n, std::initializer_list<const TensorList*> lists,
+                        std::initializer_list<const TensorList*> optional) {
+  for (const TensorList* list : lists) {
     STD_TORCH_CHECK(list->size() == n, "lists of different lengths: ", list->size(), " and ", n);
   }
-  for (const Tensors* list : optional) {
+  for (const TensorList* list : optional) {
     STD_TORCH_CHECK(list->empty() || list->size() == n, "an optional list has ", list->size(),
                     " entries, params ", n);
   }

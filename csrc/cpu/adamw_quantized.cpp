@@ -11,39 +11,39 @@
 namespace fishkern::adamw {
 namespace {
 
-Dtype moments_dtype(const Tensor& moments, const char* name, size_t i) {
-  const int32_t dtype = raw_dtype(moments);
-  if (is_dtype(dtype, aoti_torch_dtype_uint8)) return Dtype::uint8;
-  STD_TORCH_CHECK(is_dtype(dtype, aoti_torch_dtype_bfloat16), name, "[", i,
+Dtype moments_dtype(TensorRef moments, const char* name, size_t i) {
+  if (moments.is_dtype(aoti_torch_dtype_uint8)) return Dtype::uint8;
+  STD_TORCH_CHECK(moments.is_dtype(aoti_torch_dtype_bfloat16), name, "[", i,
                   "] is neither bfloat16 nor uint8");
   return Dtype::bfloat16;
 }
 
-void* state_data(const Tensor& tensor, int64_t count, const char* name, size_t i) {
+void* state_data(TensorRef tensor, int64_t count, const char* name, size_t i) {
   STD_TORCH_CHECK(tensor.numel() == count && tensor.is_contiguous(), name, "[", i,
                   "] must be contiguous with ", count, " entries");
   return tensor.mutable_data_ptr();
 }
 
 // Null where the moments are no bytes and have none.
-uint8_t* scale_data(const Tensors& scales, Dtype dtype, int64_t count, const char* name, size_t i) {
+uint8_t* scale_data(const TensorList& scales, Dtype dtype, int64_t count, const char* name,
+                    size_t i) {
   STD_TORCH_CHECK((dtype == Dtype::uint8) == !scales.empty(), name, " has ", scales.size(),
                   " entries: one for each tensor with moments in uint8, none for bfloat16");
   if (scales.empty()) return nullptr;
-  STD_TORCH_CHECK(is_dtype(raw_dtype(scales[i]), aoti_torch_dtype_uint8), name, "[", i,
-                  "] is not uint8");
+  STD_TORCH_CHECK(scales[i].is_dtype(aoti_torch_dtype_uint8), name, "[", i, "] is not uint8");
   const int64_t blocks = (count + kScaleBlock - 1) / kScaleBlock;
   return static_cast<uint8_t*>(state_data(scales[i], blocks, name, i));
 }
 
 }  // namespace
 
-void masked_adamw_quantized_(const Tensors& params, const Tensors& grads, const Tensors& indices,
-                             const Tensors& exp_avgs, const Tensors& exp_avg_sqs,
-                             const Tensors& exp_avg_scales, const Tensors& exp_avg_sq_scales,
-                             const Tensors& masters, const Tensor& steps, const Tensor& lr,
-                             double beta1, double beta2, double eps, double weight_decay,
-                             bool maximize, const std::optional<Tensor>& grad_scale,
+void masked_adamw_quantized_(const TensorList& params, const TensorList& grads,
+                             const TensorList& indices, const TensorList& exp_avgs,
+                             const TensorList& exp_avg_sqs, const TensorList& exp_avg_scales,
+                             const TensorList& exp_avg_sq_scales, const TensorList& masters,
+                             const Tensor& steps, const Tensor& lr, double beta1, double beta2,
+                             double eps, double weight_decay, bool maximize,
+                             const std::optional<Tensor>& grad_scale,
                              const std::optional<Tensor>& found_inf) {
   if (skipped(found_inf)) return;
   const size_t n = params.size();
@@ -82,5 +82,6 @@ void masked_adamw_quantized_(const Tensors& params, const Tensors& grads, const 
 }  // namespace fishkern::adamw
 
 STABLE_TORCH_LIBRARY_IMPL(fishkern_native, CPU, m) {
-  m.impl("masked_adamw_quantized_", TORCH_BOX(&fishkern::adamw::masked_adamw_quantized_));
+  m.impl("masked_adamw_quantized_",
+         TORCH_BOX(&fishkern::WithLists<&fishkern::adamw::masked_adamw_quantized_>::call));
 }

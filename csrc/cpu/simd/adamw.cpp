@@ -147,24 +147,17 @@ struct Arithmetic {
         grad_divisor(step.grad_divisor),
         near_old(step.beta1 > 0.5) {}
 
-  inline void operator()(float* p, const float* g, float* m, float* v, float* v_max) const {
-    store(p, (*this)(load(p), load(g), m, v, v_max));
-  }
-
-  // The new p.
-  inline Vec operator()(Vec p, Vec grad, float* m, float* v, float* v_max) const {
+  // The new p; the moments are updated, the largest second one only where it is kept.
+  inline Vec operator()(Vec p, Vec grad, Vec& exp_avg, Vec& exp_avg_sq, Vec* largest) const {
     if (grad_divisor != 1) {
       grad /= grad_divisor;
     }
-    const Vec old = load(m);
-    const Vec exp_avg = (near_old ? old : grad) + weight1 * (grad - old);
-    store(m, exp_avg);
-    Vec second = beta2 * load(v) + weight2 * (grad * grad);
-    store(v, second);
-    if (v_max != nullptr) {
-      const Vec largest = load(v_max);
-      second = (largest > second) | (largest != largest) ? largest : second;  // a NaN stays
-      store(v_max, second);
+    exp_avg = (near_old ? exp_avg : grad) + weight1 * (grad - exp_avg);
+    exp_avg_sq = beta2 * exp_avg_sq + weight2 * (grad * grad);
+    Vec second = exp_avg_sq;
+    if (largest != nullptr) {
+      second = (*largest > second) | (*largest != *largest) ? *largest : second;  // a NaN stays
+      *largest = second;
     }
     const Vec denominator = square_root(second) * rescale + eps;
     return p * decay - size * exp_avg / denominator;
@@ -175,27 +168,22 @@ struct Arithmetic {
 void update_block(const Arithmetic& arithmetic, float* p, const float* g, float* m, float* v,
                   float* v_max, int64_t n) {
   int64_t i = 0;
+  const auto update = [&](const auto& load, const auto& store) {
+    Vec exp_avg = load(m + i), exp_avg_sq = load(v + i), largest = v_max ? load(v_max + i) : Vec{};
+    store(p + i,
+          arithmetic(load(p + i), load(g + i), exp_avg, exp_avg_sq, v_max ? &largest : nullptr));
+    store(m + i, exp_avg);
+    store(v + i, exp_avg_sq);
+    if (v_max) store(v_max + i, largest);
+  };
   for (; i + kWidth <= n; i += kWidth) {
     __builtin_prefetch(m + i + kStateAhead);
     __builtin_prefetch(v + i + kStateAhead);
-    arithmetic(p + i, g + i, m + i, v + i, v_max ? v_max + i : nullptr);
+    update([](const float* from) { return load(from); }, [](float* to, Vec x) { store(to, x); });
   }
-  if (const size_t rest = sizeof(float) * (n - i)) {
-    float tail[5][kWidth] = {};
-    std::memcpy(tail[0], p + i, rest);
-    std::memcpy(tail[1], g + i, rest);
-    std::memcpy(tail[2], m + i, rest);
-    std::memcpy(tail[3], v + i, rest);
-    if (v_max) {
-      std::memcpy(tail[4], v_max + i, rest);
-    }
-    arithmetic(tail[0], tail[1], tail[2], tail[3], v_max ? tail[4] : nullptr);
-    std::memcpy(p + i, tail[0], rest);
-    std::memcpy(m + i, tail[2], rest);
-    std::memcpy(v + i, tail[3], rest);
-    if (v_max) {
-      std::memcpy(v_max + i, tail[4], rest);
-    }
+  if (const int64_t rest = n - i) {
+    update([rest](const float* from) { return load_first(from, rest); },
+           [rest](float* to, Vec x) { store_first(to, x, rest); });
   }
 }
 
@@ -232,8 +220,13 @@ int64_t update_stream(const Arithmetic& arithmetic, const Run& run) {
   auto* const v_max = static_cast<float*>(run.max_exp_avg_sq);
   int64_t i = 0;
   for (; i + kWidth <= run.count; i += kWidth) {
-    const Vec p = gather(param, at + i), g = gather(grad, at + i);
-    scatter(arithmetic(p, g, m + i, v + i, v_max ? v_max + i : nullptr), param, at + i);
+    Vec exp_avg = load(m + i), exp_avg_sq = load(v + i), largest = v_max ? load(v_max + i) : Vec{};
+    const Vec p = arithmetic(gather(param, at + i), gather(grad, at + i), exp_avg, exp_avg_sq,
+                             v_max ? &largest : nullptr);
+    scatter(p, param, at + i);
+    store(m + i, exp_avg);
+    store(v + i, exp_avg_sq);
+    if (v_max) store(v_max + i, largest);
   }
   return i;
 }

@@ -64,22 +64,9 @@ def masked_adamw_(*args: Any, **kwargs: Any) -> None:
     torch.ops.fishkern_native.masked_adamw_(*args, **kwargs)
 
 
-def masked_adamw_packed_(params: list[Tensor], grads: list[Tensor], *args: Any) -> None:
-    """See ``csrc/cpu/adamw.cpp``; tensors that lie as most do go by their addresses."""
-    every = [*params, *grads]
-    numels = [*map(Tensor.numel, params)]
-    if (
-        all(map(Tensor.is_contiguous, every))
-        and [t.dtype for t in params].count(params[0].dtype) == len(params)
-        and [t.dtype for t in grads].count(grads[0].dtype) == len(params)
-        and [*map(Tensor.numel, grads)] == numels
-    ):
-        at = [*map(Tensor.data_ptr, params)], [*map(Tensor.data_ptr, grads)]
-        torch.ops.fishkern_native.masked_adamw_packed_at_.default(
-            params[0], grads[0], *at, numels, *args
-        )
-    else:
-        torch.ops.fishkern_native.masked_adamw_packed_(params, grads, *args)
+def masked_adamw_packed_(*args: Any) -> None:
+    """See ``csrc/cpu/adamw.cpp``; by its overload, since finding it takes as long as many tensors."""
+    torch.ops.fishkern_native.masked_adamw_packed_.default(*args)
 
 
 def masked_adamw_quantized_(*args: Any, **kwargs: Any) -> None:
