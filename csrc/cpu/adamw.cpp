@@ -51,7 +51,7 @@ void masked_adamw_packed_(const TensorList& params, const TensorList& grads, con
                           const std::optional<Tensor>& found_inf) {
   if (skipped(found_inf)) return;
   const size_t n = params.size();
-  check_lists(n, {&grads}, {});
+  STD_TORCH_CHECK(grads.size() == n, "grads has ", grads.size(), " entries, params ", n);
   STD_TORCH_CHECK(offsets.numel() == static_cast<int64_t>(n) + 1 && offsets.is_contiguous() &&
                       TensorRef(offsets).is_dtype(aoti_torch_dtype_int64),
                   "offsets must be a contiguous int64 tensor with ", n + 1, " entries");

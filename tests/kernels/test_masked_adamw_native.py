@@ -123,11 +123,25 @@ def test_masked_adamw_packed_refuses(place, value, match):
     assert all(map(torch.equal, params, before))
 
 
-@pytest.mark.parametrize("odd", [None, "param strides", "grad strides", "grad dtype", "selected"])
-def test_masked_adamw_packed_by_address_equals_lists(odd):
-    """Contiguous tensors of one dtype go by their addresses, all others in lists: same bits."""
-    rest = (torch.tensor(0.1), 0.9, 0.999, 1e-8, 0.1)
-    params, grads, indices, offsets, m, v, *_ = packed_problem(torch.int32)
+def step_packed(problem):
+    """One step of the op: what it has written."""
+    params, grads, indices, offsets, m, v, *_ = problem
+    written = [*(param.clone() for param in params), m.clone(), v.clone(), torch.zeros(4)]
+    own, state, steps = written[:-3], written[-3:-1], written[-1]
+    native.masked_adamw_packed_(
+        *(own, grads, offsets, torch.cat(indices), *state, None, None, steps),
+        *(torch.tensor(0.1), 0.9, 0.999, 1e-8, 0.1),
+    )
+    return written
+
+
+@pytest.mark.parametrize("odd", ["param strides", "grad strides", "grad dtype", "selected"])
+def test_masked_adamw_packed_takes_any_layout(odd):
+    """However one tensor lies, the bits are those of contiguous ones."""
+    problem = packed_problem(torch.int32)
+    params, grads, indices = problem[:3]
+    grads[0] = grads[0].bfloat16().float()
+    plain = step_packed(problem)
     if odd == "param strides":
         params[0] = params[0].t().contiguous().t()
     elif odd == "grad strides":
@@ -136,25 +150,19 @@ def test_masked_adamw_packed_by_address_equals_lists(odd):
         grads[0] = grads[0].bfloat16()
     elif odd == "selected":
         grads[2] = grads[2].flatten()[indices[2].long()]
-    results = []
-    for op in (native.masked_adamw_packed_, torch.ops.fishkern_native.masked_adamw_packed_):
-        own, steps = [param.clone() for param in params], torch.zeros(4)
-        state = m.clone(), v.clone()
-        op(own, grads, offsets, torch.cat(indices), *state, None, None, steps, *rest)
-        results.append([*own, *state, steps])
-    assert all(map(torch.equal, *results))
-    assert not any(map(torch.equal, results[0][:1], params[:1]))
+    assert all(map(torch.equal, step_packed(problem), plain))
+    assert not torch.equal(plain[0], params[0])
 
 
-def test_masked_adamw_packed_by_address_reads_no_list(monkeypatch):
-    params, grads, indices, offsets, m, v, *_ = packed_problem(torch.int32)
-    called = []
-    monkeypatch.setattr(
-        torch.ops.fishkern_native, "masked_adamw_packed_", lambda *args: called.append(args)
-    )
-    rest = (None, None, torch.zeros(4), torch.tensor(0.1), 0.9, 0.999, 1e-8, 0.1)
-    native.masked_adamw_packed_(params, grads, offsets, torch.cat(indices), m, v, *rest)
-    assert not called
-    grads[0] = grads[0].t().contiguous().t()
-    native.masked_adamw_packed_(params, grads, offsets, torch.cat(indices), m, v, *rest)
-    assert len(called) == 1
+def test_masked_adamw_drops_what_it_is_handed():
+    """The kernel owns a reference to each tensor of a list, and gives it back, also in an error."""
+    problem = packed_problem(torch.int32)
+    params, grads, indices, _, m, *_ = problem
+    lists = [params, grads, indices, *([[m[:0]] * 4] * 2), [], []]
+    before = [t._use_count() for t in [*params, *grads]]
+    step_packed(problem)
+    with pytest.raises(RuntimeError, match="exp_avgs"):
+        torch.ops.fishkern_native.masked_adamw_(
+            *lists, torch.ones(4), torch.tensor(0.1), 0.9, 0.999, 1e-8, 0.1
+        )
+    assert [t._use_count() for t in [*params, *grads]] == before
