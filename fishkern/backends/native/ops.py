@@ -65,7 +65,7 @@ def masked_adamw_(*args: Any, **kwargs: Any) -> None:
 
 
 def masked_adamw_packed_(*args: Any) -> None:
-    """See ``csrc/cpu/adamw.cpp``; by its overload, since finding it takes as long as many tensors."""
+    """See ``csrc/cpu/adamw.cpp``; the overload is named: finding it takes a small step long."""
     torch.ops.fishkern_native.masked_adamw_packed_.default(*args)
 
 
