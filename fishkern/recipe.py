@@ -43,7 +43,10 @@ class _FishOptimizer(FishSparseAdamW):
     """FishSparseAdamW with the scores that its mask was chosen by."""
 
     fisher: FisherDiagonal
-    _handle: Handle | None = None  # of train_only, where it was attached here
+    _handle: Handle | None = None  # of train_only, where it was attached here; no copy has it
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "fisher": self.fisher}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint, whose mask takes the computed one's place, in ``train_only`` too.

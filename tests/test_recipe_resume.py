@@ -1,6 +1,7 @@
 """An optimizer of ``create_fish_optimizer`` goes on with its checkpoint's mask, not its own."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -81,3 +82,31 @@ def test_leaves_that_ddp_holds_are_not_exchanged(monkeypatch):
     assert fresh.mask is mask
     assert fishkern.attached(model).mask == mask
     fresh.load_state_dict(fresh.state_dict())  # its own
+
+
+@pytest.mark.parametrize("train_only", [False, True])
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copy_has_the_scores(train_only, duplicate):
+    model, data = Net(), batches()
+    optimizer = create(model, train_only=train_only)
+    train(model, optimizer, data[:1])
+    twin, same = duplicate((model, optimizer))
+    assert same.fisher == optimizer.fisher
+    assert same.mask == optimizer.mask
+    train(model, optimizer, data[1:])
+    train(twin, same, data[1:])
+    for value, truth in zip(model.state_dict().values(), twin.state_dict().values(), strict=True):
+        assert torch.equal(value, truth)
+
+
+def test_a_copy_refuses_another_mask_in_train_only():
+    """It does not know whose leaves it trains."""
+    other = create(Net(), train_only=True)
+    torch.manual_seed(7)
+    model = Net()
+    twin, same = copy.deepcopy((model, create(model, train_only=True)))
+    assert other.mask != same.mask
+    before = copy.deepcopy((twin.state_dict(), same.state_dict()))
+    with pytest.raises(ValueError, match="mask"):
+        same.load_state_dict(other.state_dict())
+    assert str(before) == str((twin.state_dict(), same.state_dict()))

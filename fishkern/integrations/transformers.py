@@ -21,7 +21,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from fishkern.batches.losses import LossFn
 from fishkern.batches.packing import SAMPLE_IDS
 from fishkern.optim import FishSparseAdamW
-from fishkern.recipe import choose_mask, create_fish_optimizer
+from fishkern.recipe import Values, choose_mask, create_fish_optimizer
 from fishkern.scoring.diagonal import FisherDiagonal
 from fishkern.scoring.preserve import random_state
 from fishkern.selection.masks import SparseMask
@@ -180,16 +180,21 @@ class FishTrainer(Trainer):  # type: ignore[misc]
             return super().create_optimizer(*args, **kwargs)
         given = self.optimizer_cls_and_kwargs
         optimizer_cls, options = self._optimizer_for(self.model)
-        mask = self._checkpoints_mask or self._chosen_mask(self.model)
-        handle = attach(self.model, mask) if self._train_only else None
-        if _knows_masks(optimizer_cls):
-            options = {**options, "mask": mask.bind(self.model)}
-        self.optimizer_cls_and_kwargs = (optimizer_cls, options)
+        mask, warmed, handle = self._checkpoints_mask, Values(), None
+        if mask is None:
+            mask, warmed = self._chosen_mask(self.model)
+        before = warmed.put()
         try:
+            if self._train_only:
+                handle = attach(self.model, mask)
+            if _knows_masks(optimizer_cls):
+                options = {**options, "mask": mask.bind(self.model)}
+            self.optimizer_cls_and_kwargs = (optimizer_cls, options)
             optimizer = super().create_optimizer(*args, **kwargs)  # which makes the decay groups
         except BaseException:
             if handle is not None:
                 handle.remove()
+            before.put()
             raise
         finally:
             self.optimizer_cls_and_kwargs = given
@@ -218,8 +223,8 @@ class FishTrainer(Trainer):  # type: ignore[misc]
             )
         return optimizer_cls, options
 
-    def _chosen_mask(self, model: nn.Module) -> SparseMask:
-        """The mask by this trainer's data; the same on every rank."""
+    def _chosen_mask(self, model: nn.Module) -> tuple[SparseMask, Values]:
+        """The mask by this trainer's data, the same on every rank; and values to be put then."""
         dataset: Any = self.train_dataset
         if isinstance(dataset, IterableDataset) and iter(dataset) is iter(dataset):
             raise ValueError(
@@ -235,11 +240,10 @@ class FishTrainer(Trainer):  # type: ignore[misc]
                 progress=not self.args.disable_tqdm,
                 **self._choice,
             )
-        choice.warmed.put()
         self.fisher = choice.fisher
         masks = [choice.mask.to("cpu")]
         broadcast_object_list(masks)  # ranks score different samples
-        return masks[0]
+        return masks[0], choice.warmed
 
 
 class _Batches:

@@ -312,3 +312,21 @@ def test_an_attached_model_is_refused(tmp_path):
     fishkern.train_only(model, mask)
     with pytest.raises(RuntimeError, match=r"train_only is attached"):
         fish(model, arguments(tmp_path)).train()
+
+
+@pytest.mark.parametrize("train_only", [False, True])
+def test_an_optimizer_that_cannot_be_built_leaves_the_weights(train_only, tmp_path):
+    """Also where the warmed ones were to be kept."""
+    model = make_model("base")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    given = (FishSparseAdamW, {"lr": LR, "no_such_option": 1})
+    trainer = fish(
+        model, arguments(tmp_path), rewind=False, train_only=train_only,
+        optimizer_cls_and_kwargs=given,
+    )  # fmt: skip
+    with pytest.raises(TypeError, match="no_such_option"):
+        trainer.create_optimizer()
+    assert fishkern.attached(model) is None
+    assert trainer.optimizer_cls_and_kwargs == given
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
