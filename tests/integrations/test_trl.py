@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 
+import fishkern
 from fishkern import FishSparseAdamW
 from fishkern.integrations.transformers import FishTrainer
 from tests.support.loops import assert_same_weights, weights
@@ -69,3 +70,35 @@ def test_sft_trainer_resumed_is_unbroken(peft, train_only, tmp_path):
     assert resumed.fisher is None
     assert resumed.mask == subject.mask
     assert_same_weights(unbroken, ended)
+
+
+def test_dpo_trainer_is_attached_to_once_it_is_made(tmp_path):
+    """It copies the adapter in its constructor; what is attached then trains the entries alone."""
+    torch.manual_seed(0)
+    model = get_peft_model(llama(), LoraConfig(r=4, target_modules=["q_proj"]))
+    pairs = [{"prompt": "w2 w3", "chosen": "w4 w5", "rejected": f"w{6 + i}"} for i in range(8)]
+    args = trl.DPOConfig(
+        str(tmp_path),
+        max_steps=3,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        dataloader_pin_memory=False,
+    )
+    trainer = trl.DPOTrainer(
+        model,
+        args=args,
+        train_dataset=datasets.Dataset.from_list(pairs),
+        processing_class=tokenizer(),
+    )
+    trained = [n for n, p in trainer.model.named_parameters() if p.requires_grad]
+    scores = {name: torch.rand(trainer.model.get_parameter(name).shape) for name in trained}
+    mask = fishkern.select(scores, density=0.3)
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    fishkern.train_only(trainer.model, mask)
+    trainer.train()
+    for name, value in before.items():
+        changed = (trainer.model.get_parameter(name) != value).flatten().nonzero().flatten()
+        assert changed.tolist() == (mask[name].tolist() if name in mask else []), name
