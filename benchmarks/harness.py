@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -49,7 +50,7 @@ def require(package: str, install: str) -> ModuleType:
     Raises:
         Missing: It is not installed.
     """
-    if importlib.util.find_spec(package) is None:
+    if package not in sys.modules and importlib.util.find_spec(package) is None:
         raise Missing(f"{package} is not installed: pip install {install}")
     return importlib.import_module(package)
 

@@ -13,14 +13,17 @@ from torch import Tensor, nn
 from benchmarks.harness import Config, require
 from benchmarks.workloads.encoder import Batch, encoder
 
-# PEFT's methods: the name of their configuration, and what it is given.
-# B is drawn, too: at B = 0 half of all gradients would be zero.
+# Ways to adapt a model: a package, the name of its configuration, and what that is given.
+# LoRA's B is drawn, too: at B = 0 half of all gradients would be zero.
 LORA = {"r": 8, "target_modules": ["query", "value"], "init_lora_weights": False}
 IA3 = {"target_modules": ["key", "value", "output.dense"], "feedforward_modules": ["output.dense"]}
-ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "lora": ("LoraConfig", LORA),
-    "dora": ("LoraConfig", {**LORA, "use_dora": True}),
-    "ia3": ("IA3Config", IA3),
+ADAPTERS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "lora": ("peft", "LoraConfig", LORA),
+    "dora": ("peft", "LoraConfig", {**LORA, "use_dora": True}),
+    "ia3": ("peft", "IA3Config", IA3),
+    "houlsby": ("adapters", "DoubleSeqBnConfig", {}),
+    "pfeiffer": ("adapters", "SeqBnConfig", {}),
+    "parallel": ("adapters", "ParBnConfig", {}),
 }
 
 
@@ -69,9 +72,7 @@ def scoring_work(config: Config, device: str) -> Work:
     model = encoder(config)
     model.requires_grad_(config["params"] == "all")
     if config["params"] in ADAPTERS:
-        peft = require("peft", "peft")
-        kind, options = ADAPTERS[config["params"]]
-        model = peft.get_peft_model(model, getattr(peft, kind)(**options))
+        model = adapted(model, *ADAPTERS[config["params"]])
     elif config["params"] == "linears":
         for module in model.modules():
             module.requires_grad_(True) if isinstance(module, nn.Linear) else None
@@ -82,6 +83,20 @@ def scoring_work(config: Config, device: str) -> Work:
     labels = torch.randint(2, size[:2], device=device)
     batches = zip(ids, labels, strict=True)
     return Work(model, [{"input_ids": i, "labels": y} for i, y in batches])
+
+
+def adapted(model: Any, package: str, kind: str, options: dict[str, Any]) -> nn.Module:
+    """The model with an adapter, which alone requires gradients."""
+    module = require(package, package)
+    config = getattr(module, kind)(**options)
+    if package == "peft":
+        return module.get_peft_model(model, config)  # type: ignore[no-any-return]
+    module.init(model)
+    model.add_adapter("fish", config=config)
+    model.train_adapter("fish")
+    for name, param in model.named_parameters():
+        param.requires_grad_(param.requires_grad and ".fish." in name)
+    return model  # type: ignore[no-any-return]
 
 
 def linear_work(config: Config, device: str) -> Work:
