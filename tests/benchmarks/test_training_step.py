@@ -246,8 +246,7 @@ def faults():
     del tensors
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-faults()
-print(faults())
+print([faults() for _ in range(4)][-1])  # once the heap has grown
 """
 
 
