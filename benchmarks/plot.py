@@ -1,8 +1,8 @@
 """``python -m benchmarks.plot``: the README's three pictures, from a machine's CSV.
 
 training.svg: time and memory of a training step; speed.svg: the time of an optimizer's step and of
-scoring; memory.svg: what an optimizer keeps and scoring takes. Drawn from each case's latest rows,
-and none of another device or number of threads than the last.
+scoring; memory.svg: what an optimizer keeps and scoring takes. Drawn from each point's latest rows, and none
+of another device or number of threads than the last.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import csv
 from collections.abc import Iterator, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,13 +28,15 @@ COLOURS = {
     "one-sample loop": "#999999",
 }
 Row = dict[str, str]
+USUAL = {"mask": "uniform", "dtype": "float32", "dropout": "the model's", "freed_pages": "returned"}
 
 
 class Group(NamedTuple):
-    """Bars that are compared with each other: a label, and their heights by contender."""
+    """Bars that are compared with each other: label, heights by contender, a row they are of."""
 
     label: str
     bars: dict[str, float]
+    row: Row
 
 
 # Which point of a case makes a group, and what it is called.
@@ -63,8 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with args.csv.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     rows = [row for row in rows if all(row[k] == rows[-1][k] for k in ("device", "threads"))]
-    latest = {row["case"]: row["commit"] for row in rows}
-    rows = [row for row in rows if row["commit"] == latest[row["case"]]]
+    rows.sort(key=itemgetter("date"))
     args.output.mkdir(parents=True, exist_ok=True)
     pictures = {"training": draw_training, "speed": draw_speed, "memory": draw_memory}
     for name, draw in pictures.items():
@@ -82,7 +84,7 @@ def draw_training(rows: Sequence[Row], path: Path) -> None:
     _bars(left, times, "training step: time, AdamW(fused) = 1")
     _bars(right, memory, "training step: MiB beside the model")
     _line_at_one(left)
-    _finish(figure, rows, path)
+    _finish(figure, [*times, *memory], path)
 
 
 def draw_speed(rows: Sequence[Row], path: Path) -> None:
@@ -94,48 +96,54 @@ def draw_speed(rows: Sequence[Row], path: Path) -> None:
     _bars(right, scoring, "scoring: time, forward and backward pass = 1")
     for axes in (left, right):
         _line_at_one(axes)
-    _finish(figure, rows, path)
+    _finish(figure, [*steps, *scoring], path)
 
 
 def draw_memory(rows: Sequence[Row], path: Path) -> None:
     """MiB that the optimizer keeps between steps, and MiB that scoring takes at its peak."""
     own = {label: where for label, where in STEP.items() if where["model"] == "minilm"}
     kept = [
-        Group(label, {name: value / 2**20 for name, value in bars.items()})
-        for label, bars in groups(rows, "optimizer_step", "persistent_bytes", own)
+        group._replace(bars={name: value / 2**20 for name, value in group.bars.items()})
+        for group in groups(rows, "optimizer_step", "persistent_bytes", own)
     ]
     peaks = list(groups(rows, "scoring", "peak_mib", SCORING))
     figure, (left, right) = _figure(2)
     _bars(left, kept, "optimizer state and indices: MiB")
     _bars(right, peaks, "scoring: peak extra MiB")
-    _finish(figure, rows, path)
+    _finish(figure, [*kept, *peaks], path)
 
 
 def ratios(
     rows: Sequence[Row], case: str, baseline: str, points: dict[str, dict[str, str]]
 ) -> Iterator[Group]:
     """The ratios to a baseline as they were measured, pair by pair; its own is 1."""
-    for label, bars in groups(rows, case, f"ratio:{baseline}", points):
-        yield Group(label, {**bars, baseline: 1.0})
+    for group in groups(rows, case, f"ratio:{baseline}", points):
+        yield group._replace(bars={**group.bars, baseline: 1.0})
 
 
 def groups(
     rows: Sequence[Row], case: str, metric: str, points: dict[str, dict[str, str]]
 ) -> Iterator[Group]:
-    """The latest values of a metric at each point.
+    """The values of a metric at each point, all of the commit that was measured last.
 
-    Where masks or dtypes differ, those of the targets count: uniform, float32.
+    Where rows differ in more than the point says, those that are USUAL count.
     """
     for label, where in points.items():
-        bars: dict[str, float] = {}
-        for row in rows:  # in the order of time: later rows replace earlier ones
-            config = dict(part.split("=", 1) for part in row["config"].split())
-            fits = where.items() <= config.items() and row["metric"] == metric
-            usual = config.get("mask", "uniform") == "uniform" and config["dtype"] == "float32"
-            if row["case"] == case and row["contender"] in COLOURS and fits and usual:
-                bars[row["contender"]] = float(row["value"])
+        found = [row for row in rows if row["case"] == case and row["metric"] == metric]
+        found = [row for row in found if row["contender"] in COLOURS and _fits(row, where)]
+        bars = {
+            row["contender"]: float(row["value"])
+            for row in found
+            if row["commit"] == found[-1]["commit"]
+        }
         if bars:
-            yield Group(label, bars)
+            yield Group(label, bars, found[-1])
+
+
+def _fits(row: Row, where: dict[str, str]) -> bool:
+    config = dict(part.split("=", 1) for part in row["config"].split())
+    usual = all(config.get(key, value) == value for key, value in USUAL.items())
+    return usual and where.items() <= config.items()
 
 
 def _figure(panels: int) -> Any:
@@ -188,8 +196,9 @@ def _line_at_one(axes: Any) -> None:
     axes.axhline(1, color="#555555", linewidth=0.6, linestyle=(0, (4, 3)), zorder=0)
 
 
-def _finish(figure: Any, rows: Sequence[Row], path: Path) -> None:
-    last, commits = rows[-1], ", ".join(sorted({row["commit"] for row in rows}))
+def _finish(figure: Any, drawn: Sequence[Group], path: Path) -> None:
+    last = max((group.row for group in drawn), key=itemgetter("date"))
+    commits = ", ".join(sorted({group.row["commit"] for group in drawn}))
     caption = (
         f"{last['machine']}, {last['device']}, {last['threads']} thread(s), float32, "
         f"torch {last['torch']}, fishkern {last['fishkern']} at {commits}, "

@@ -238,11 +238,13 @@ def test_plot_takes_the_latest_value():
     from benchmarks.plot import ratios
 
     config = "model=minilm params=lora dtype=float32"
-    common = {"case": "scoring", "metric": "ratio:ordinary pass", "config": config}
+    common = {"case": "scoring", "metric": "ratio:ordinary pass", "config": config, "commit": "b"}
     rows = [
+        {**common, "contender": "one-sample loop", "value": "3", "commit": "a"},  # not of this run
         {**common, "contender": "fishkern", "value": "9"},
         {**common, "contender": "fishkern", "value": "0.5"},
         {**common, "contender": "fishkern", "value": "7", "config": config + " mask=fisher"},
+        {**common, "contender": "fishkern", "value": "6", "config": config + " dropout=0.0"},
         {**common, "contender": "fishkern", "value": "8", "metric": "time_ms"},
     ]
     (group,) = ratios(rows, "scoring", "ordinary pass", {"x": {"params": "lora"}})
