@@ -1,8 +1,8 @@
 """``python -m benchmarks.plot``: the README's three pictures, from a machine's CSV.
 
 training.svg: time and memory of a training step; speed.svg: the time of an optimizer's step and of
-scoring; memory.svg: what an optimizer keeps and scoring takes. Drawn from each point's latest rows, and none
-of another device or number of threads than the last.
+scoring; memory.svg: what an optimizer keeps and scoring takes. Drawn from each point's latest rows,
+and none of another device or number of threads than the last.
 """
 
 from __future__ import annotations

@@ -1,1 +1,4 @@
-"""One folder per backend; each op is a function of the same name and signature in each."""
+"""One folder per backend, in which each op is a function of the same name and signature.
+
+Beside them what several backends share: how moments in fewer bits are stored, and packed state.
+"""

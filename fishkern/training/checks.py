@@ -12,6 +12,30 @@ from fishkern.selection.masks import SparseMask
 from fishkern.training.leaves import CHILD, is_sharded
 
 
+def check_model(model: nn.Module, handle: Any) -> None:
+    """Refuse a model that something is wrapped around, or attached to.
+
+    Args:
+        model: The model.
+        handle: That of what is attached to it already; None: nothing.
+
+    Raises:
+        ValueError: DataParallel, DistributedDataParallel or a compiled model is around it.
+        RuntimeError: ``train_only`` is attached to it.
+    """
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    if isinstance(model, wrappers) or hasattr(model, "_orig_mod"):
+        raise ValueError(
+            f"the model is wrapped by {type(model).__name__}: attach train_only to the model "
+            f"inside first, then wrap it"
+        )
+    if handle is not None:
+        raise RuntimeError(
+            f"train_only is attached already ({handle!r}): call fishkern.attached(model).remove() "
+            f"first"
+        )
+
+
 def check_mask(model: nn.Module, params: Mapping[str, nn.Parameter], mask: SparseMask) -> None:
     """Refuse a mask that does not fit the model, or selects what cannot be trained.
 

@@ -12,7 +12,7 @@ from torch import nn
 from fishkern.interception import ATTACHMENT, exchange_class, original_class, rule_for
 from fishkern.names import named_parameters, some
 from fishkern.selection.masks import SparseMask
-from fishkern.training.checks import check_mask, check_unshared
+from fishkern.training.checks import check_mask, check_model, check_unshared
 from fishkern.training.leaves import CHILD, SHARDED, Leaves, gather, is_sharded, wide_dtype
 from fishkern.training.owners import owner_members
 from fishkern.training.remasking import carry_over
@@ -59,7 +59,7 @@ def train_only(model: nn.Module, mask: SparseMask, *, unlisted: str = "error") -
         >>> optimizer.step()
         >>> handle.remove()
     """
-    _check_model(model)
+    check_model(model, attached(model))
     params = named_parameters(model)
     check_mask(model, params, mask)
     check_unshared(params, mask, followed())
@@ -383,17 +383,3 @@ def _before_forward(model: nn.Module, args: Any) -> None:
         # On a GPU the full comparison would cost launches in each step: there, in training, only
         # what a version counter shows is looked at.
         leaves.sync(thorough=not (model.training and leaves.on_gpu), strict=True)
-
-
-def _check_model(model: nn.Module) -> None:
-    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    if isinstance(model, wrappers) or hasattr(model, "_orig_mod"):
-        raise ValueError(
-            f"the model is wrapped by {type(model).__name__}: attach train_only to the model "
-            f"inside first, then wrap it"
-        )
-    if (handle := attached(model)) is not None:
-        raise RuntimeError(
-            f"train_only is attached already ({handle!r}): call fishkern.attached(model).remove() "
-            f"first"
-        )

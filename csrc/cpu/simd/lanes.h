@@ -7,7 +7,7 @@ namespace fishkern {
 namespace {
 
 // sums[i] = the sum of the lanes of v[i], for four vectors at once: they are added up while they
-// are
+// are transposed
 inline void sum_lanes(const Vec* v, float* sums) {
 #if defined(__AVX512F__)
   const auto pair = [](__m512 a, __m512 b) {
