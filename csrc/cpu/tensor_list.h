@@ -14,6 +14,7 @@ class TensorRef {
  public:
   explicit TensorRef(AtenTensorHandle handle) : handle_(handle) {}
   TensorRef(const torch::stable::Tensor& tensor) : handle_(tensor.get()) {}
+  TensorRef(torch::stable::Tensor&&) = delete;  // nobody would own it any more
 
   int64_t numel() const { return ask<int64_t>(aoti_torch_get_numel); }
   int64_t dim() const { return ask<int64_t>(aoti_torch_get_dim); }
@@ -41,9 +42,12 @@ class TensorRef {
 // What TORCH_BOX hands over for Tensor[]; who gets them has to drop them.
 using Handles = std::vector<AtenTensorHandle>;
 
+template <auto kernel>
+struct WithLists;
+
+// Drops the tensors at its end, so that only WithLists may make one, and one of each argument.
 class TensorList {
  public:
-  TensorList(const Handles& handles) : handles_(handles) {}
   TensorList(const TensorList&) = delete;
   TensorList& operator=(const TensorList&) = delete;
   ~TensorList() {
@@ -55,13 +59,14 @@ class TensorList {
   TensorRef operator[](size_t i) const { return TensorRef(handles_[i]); }
 
  private:
+  template <auto kernel>
+  friend struct WithLists;
+  TensorList(const Handles& handles) : handles_(handles) {}
+
   const Handles& handles_;
 };
 
 // A kernel that takes TensorLists, as TORCH_BOX wants it.
-template <auto kernel>
-struct WithLists;
-
 template <class... Args, void (*kernel)(Args...)>
 struct WithLists<kernel> {
   template <class Arg>

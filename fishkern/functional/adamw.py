@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fishkern import _ops  # noqa: F401  (registers torch.ops.fishkern)
+from fishkern.functional.checks import check_own_memory
 
 WIDE = (torch.float32, torch.float64)  # what moments and masters are in
 
@@ -64,8 +65,9 @@ def masked_adamw_(
         found_inf: 0-d float32: nothing at all is changed if it is not zero.
 
     Raises:
-        ValueError: Lists of different lengths, shapes that do not fit, or indices that are not
-            ascending or out of range. Those on a GPU, or inside ``torch.compile``, are not read.
+        ValueError: Lists of different lengths, shapes that do not fit, an expanded parameter, or
+            indices that are not ascending or out of range. Those on a GPU, or inside
+            ``torch.compile``, are not read.
         TypeError: A dtype that is not the one named above.
 
     Example:
@@ -127,6 +129,7 @@ def check_entry(
     """Check the tensors that belong to ``params[i]``; moments have one of these dtypes."""
     if not param.is_floating_point():
         raise TypeError(f"params[{i}] has dtype {param.dtype}: pass a floating-point tensor")
+    check_own_memory(f"params[{i}]", param)
     index, moments = entry["indices"], entry["exp_avgs"].numel()
     if index.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"indices[{i}] has dtype {index.dtype}: pass int32 or int64")

@@ -14,6 +14,18 @@ def check_accumulator(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None
         raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {list(shape)}")
 
 
+def check_own_memory(name: str, tensor: Tensor) -> None:
+    """Refuse to write a tensor that is expanded: several of its entries are one number."""
+    if tensor.layout is torch.strided and any(
+        stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    ):
+        raise ValueError(
+            f"{name} of shape {list(tensor.shape)} has strides {list(tensor.stride())}: it is "
+            f"expanded, several of its entries are one number; pass a contiguous() copy, or what "
+            f"was expanded"
+        )
+
+
 def check_mask(
     name: str, mask: Tensor | None, shape: tuple[int, ...], sample_scores: Tensor | None
 ) -> None:

@@ -30,8 +30,8 @@ from fishkern.optim.remasking import check_leaves, check_new_mask, exchange_leav
 from fishkern.optim.roles import (
     admit,
     check_distinct,
-    check_floating,
     check_group,
+    check_trainable,
     group_owners,
     index_of,
     name_all,
@@ -264,7 +264,7 @@ class FishSparseAdamW(torch.optim.Optimizer):
         check_distinct(names or (), params, before)
         for i, param in enumerate(params):
             if isinstance(param, Tensor) and param.requires_grad:
-                check_floating(names[i] if names else f"parameter {i}", param)
+                check_trainable(names[i] if names else f"parameter {i}", param)
 
     @unwatched_step
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from fishkern.functional.checks import check_own_memory
 from fishkern.names import canonical_name, some, suggest
 from fishkern.selection.masks import BoundMask, SparseMask
 from fishkern.training import leaves
@@ -158,16 +160,22 @@ def check_distinct(names: Sequence[str], params: Sequence[Tensor], before: set[s
         )
 
 
-def check_floating(name: str, param: Tensor) -> None:
+def check_trainable(name: str, param: Tensor) -> None:
     """Refuse what AdamW's formula has no meaning for.
 
     Raises:
-        ValueError: The parameter is complex or not floating.
+        ValueError: The parameter is complex or not floating, expanded, or made of several tensors.
     """
     if not param.is_floating_point():
         raise ValueError(
             f"{name} has dtype {param.dtype}, which cannot be trained here: leave it out"
             + (", or train torch.view_as_real of it" if param.is_complex() else "")
+        )
+    check_own_memory(name, param)
+    if is_traceable_wrapper_subclass(param) and len(parts := param.__tensor_flatten__()[0]) > 1:
+        raise ValueError(
+            f"{name} is a {type(param).__name__}, which is made of several tensors "
+            f"({', '.join(parts)}), but has one state here: leave it out, or train a plain tensor"
         )
 
 
@@ -227,7 +235,7 @@ def check_dense(name: str, param: Tensor, mask: SparseMask) -> None:
     Raises:
         ValueError: Its shape is another one, or its dtype cannot be trained.
     """
-    check_floating(name, param)
+    check_trainable(name, param)
     if tuple(param.shape) != tuple(mask.shapes[name]):
         raise ValueError(
             f"{name} has shape {list(param.shape)}, but the mask was made for "

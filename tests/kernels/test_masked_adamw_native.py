@@ -9,6 +9,7 @@ import torch
 
 from fishkern import _dispatch
 from fishkern.backends import native
+from fishkern.functional import masked_adamw_
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +56,58 @@ def test_masked_adamw_same_bits_for_every_instruction_set_and_thread_count():
         run: fingerprint(FISHKERN_CPU_CAPABILITY=run[0], OMP_NUM_THREADS=run[1]) for run in runs
     }
     assert len(set(results.values())) == 1, results
+
+
+# All memory but the indices ends where a page that must not be touched begins.
+GUARDED = """
+import ctypes, mmap, torch
+mprotect = ctypes.CDLL(None, use_errno=True).mprotect
+mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+def guarded(tensor):
+    memory, size = mmap.mmap(-1, 2 * mmap.PAGESIZE), tensor.numel() * tensor.element_size()
+    placed = torch.frombuffer(memory, dtype=torch.uint8)[mmap.PAGESIZE - size : mmap.PAGESIZE]
+    assert mprotect(placed.data_ptr() + size, mmap.PAGESIZE, 0) == 0
+    placed = placed.view(tensor.dtype)
+    placed.copy_(tensor)
+    return placed
+def step(param, grad, m, v, v_max, index):
+    torch.ops.fishkern_native.masked_adamw_(
+        [param], [grad], [index], [m], [v], [v_max], [], torch.ones(1), torch.tensor(0.1),
+        0.9, 0.99, 1e-8, 0.1)
+from fishkern import _dispatch
+_dispatch.available()
+torch.manual_seed(0)
+for k in range(1, 36):
+    for dtype in (torch.float32, torch.bfloat16):
+        for index in (torch.empty(0).int(), 2 * torch.arange(k).int()):
+            numel = 2 * k - 1 if len(index) else k
+            plain = [torch.randn(numel).to(dtype) for _ in range(2)]
+            plain += [torch.rand(k) for _ in range(3)]
+            at_the_end = [guarded(tensor) for tensor in plain]
+            step(*plain, index)
+            step(*at_the_end, index)
+            assert all(map(torch.equal, plain, at_the_end)), (k, dtype)
+"""
+
+
+@pytest.mark.parametrize("capability", ["baseline", "avx2", "avx512"])
+def test_masked_adamw_touches_nothing_behind_a_tensor(capability):
+    environment = {**os.environ, "FISHKERN_CPU_CAPABILITY": capability}
+    done = subprocess.run(
+        [sys.executable, "-c", GUARDED], env=environment, text=True, capture_output=True
+    )
+    assert done.returncode == 0, (done.returncode, done.stderr)
+
+
+def test_masked_adamw_refuses_an_expanded_param():
+    """Its entries would be updated several times each."""
+    base, m, v = torch.ones(3, 1), torch.zeros(12), torch.zeros(12)
+    with pytest.raises(ValueError, match=r"params\[0\] of shape \[3, 4\] has strides \[1, 0\]"):
+        masked_adamw_(
+            [base.expand(3, 4)], [torch.ones(3, 4)], [torch.empty(0).int()], [m], [v],
+            steps=[1], lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1,
+        )  # fmt: skip
+    assert base.eq(1).all()
 
 
 def packed_problem(index_dtype, param_dtype=torch.float32):

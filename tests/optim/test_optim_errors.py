@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from torch.testing._internal.two_tensor import TwoTensor
 
 from fishkern.optim import FishSparseAdamW
 from fishkern.selection.masks import SparseMask
@@ -111,6 +112,16 @@ AT_CONSTRUCTION = {
         lambda m: [("c", torch.nn.Parameter(torch.zeros(3, dtype=torch.complex64)))],
         lambda m, k: {},
         ["c has dtype torch.complex64", "view_as_real"],
+    ),
+    "expanded": (
+        lambda m: [("e", torch.nn.Parameter(torch.zeros(3, 1).expand(3, 4)))],
+        lambda m, k: {},
+        ["e of shape [3, 4] has strides [1, 0]", "contiguous()"],
+    ),
+    "several_tensors": (
+        lambda m: [("t", torch.nn.Parameter(TwoTensor(torch.zeros(3), torch.zeros(3))))],
+        lambda m, k: {},
+        ["t is a TwoTensor", "(a, b)", "leave it out"],
     ),
     "integer_in_mask": (
         lambda m: [("q", torch.zeros(3, dtype=torch.int8))],

@@ -7,8 +7,6 @@
 
 #include "cpu/simd/adamw.h"
 
-#include <cstring>
-
 #include "cpu/simd/moments.h"
 #include "cpu/simd/vector.h"
 
@@ -28,8 +26,8 @@ constexpr int64_t kBlock = 128;
 constexpr int64_t kAhead = 64;
 constexpr int64_t kStateAhead = 256;
 
-// Nothing from the standard library's headers but memcpy: an inline function of theirs would be
-// compiled once per instruction set, and the linker would keep any one of them.
+// Nothing from the standard library's headers: an inline function of theirs would be compiled once
+// per instruction set, and the linker would keep any one of them.
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 inline Vec square_root(Vec x) {
