@@ -293,7 +293,7 @@ def test_step_seen_by_global_hooks_and_by_the_profiler():
     loss_of(model, 0).backward()
     optimizer.step()
     seen = []
-    with torch.profiler.profile() as profile:
+    with torch.profiler.profile(acc_events=True) as profile:  # else torch 2.11 warns
         optimizer.step()
     assert "Optimizer.step#FishSparseAdamW.step" in {event.key for event in profile.key_averages()}
     hook = register_optimizer_step_post_hook(lambda *_: seen.append("post"))
