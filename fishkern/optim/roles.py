@@ -172,7 +172,12 @@ def check_trainable(name: str, param: Tensor) -> None:
             + (", or train torch.view_as_real of it" if param.is_complex() else "")
         )
     check_own_memory(name, param)
-    if is_traceable_wrapper_subclass(param) and len(parts := param.__tensor_flatten__()[0]) > 1:
+    inner: Sequence[str] = (
+        param.__tensor_flatten__()[0] if is_traceable_wrapper_subclass(param) else ()
+    )
+    # A DTensor names its mesh there, too.
+    parts = [part for part in inner if isinstance(getattr(param, part), Tensor)]
+    if len(parts) > 1:
         raise ValueError(
             f"{name} is a {type(param).__name__}, which is made of several tensors "
             f"({', '.join(parts)}), but has one state here: leave it out, or train a plain tensor"
