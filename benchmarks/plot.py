@@ -124,20 +124,25 @@ def ratios(
 def groups(
     rows: Sequence[Row], case: str, metric: str, points: dict[str, dict[str, str]]
 ) -> Iterator[Group]:
-    """The values of a metric at each point, all of the commit that was measured last.
+    """The values of a metric at each point, all of the last commit with every contender there is.
 
     Where rows differ in more than the point says, those that are USUAL count.
     """
     for label, where in points.items():
         found = [row for row in rows if row["case"] == case and row["metric"] == metric]
         found = [row for row in found if row["contender"] in COLOURS and _fits(row, where)]
-        bars = {
-            row["contender"]: float(row["value"])
-            for row in found
-            if row["commit"] == found[-1]["commit"]
-        }
-        if bars:
-            yield Group(label, bars, found[-1])
+        runs: dict[str, dict[str, Row]] = {}
+        for row in found:
+            runs.setdefault(row["commit"], {})[row["contender"]] = row
+        if found:
+            latest = max(runs.values(), key=lambda run: (len(run), last_date(run)))
+            bars = {name: float(row["value"]) for name, row in latest.items()}
+            yield Group(label, bars, next(iter(latest.values())))
+
+
+def last_date(run: dict[str, Row]) -> str:
+    """When the last of its rows was measured."""
+    return max(row["date"] for row in run.values())
 
 
 def _fits(row: Row, where: dict[str, str]) -> bool:

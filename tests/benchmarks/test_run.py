@@ -238,17 +238,24 @@ def test_plot_takes_the_latest_value():
     from benchmarks.plot import ratios
 
     config = "model=minilm params=lora dtype=float32"
-    common = {"case": "scoring", "metric": "ratio:ordinary pass", "config": config, "commit": "b"}
+    common = {"case": "scoring", "metric": "ratio:ordinary pass", "config": config}
+    common |= {"commit": "b", "date": "2"}
+    other = {**common, "commit": "a", "date": "1"}
     rows = [
-        {**common, "contender": "one-sample loop", "value": "3", "commit": "a"},  # not of this run
+        {**other, "contender": "one-sample loop", "value": "3"},  # of another run
         {**common, "contender": "fishkern", "value": "9"},
         {**common, "contender": "fishkern", "value": "0.5"},
         {**common, "contender": "fishkern", "value": "7", "config": config + " mask=fisher"},
         {**common, "contender": "fishkern", "value": "6", "config": config + " dropout=0.0"},
         {**common, "contender": "fishkern", "value": "8", "metric": "time_ms"},
     ]
-    (group,) = ratios(rows, "scoring", "ordinary pass", {"x": {"params": "lora"}})
+    points = {"x": {"params": "lora"}}
+    (group,) = ratios(rows, "scoring", "ordinary pass", points)
     assert group.bars == {"fishkern": 0.5, "ordinary pass": 1.0}
+    rows.append({**common, "contender": "one-sample loop", "value": "2"})
+    rows.append({**common, "contender": "fishkern", "value": "1", "commit": "c", "date": "3"})
+    (group,) = ratios(rows, "scoring", "ordinary pass", points)  # the last with both of them
+    assert group.bars == {"fishkern": 0.5, "one-sample loop": 2.0, "ordinary pass": 1.0}
 
 
 def test_a_peer_that_raises_is_a_row(tmp_path, monkeypatch):
