@@ -134,10 +134,7 @@ def score_error(
 
 def alternate(runs: Mapping[str, Run], device: str, seconds: float, min_rounds: int) -> Times:
     """Time all in turn, round by round (A B C A B C ...), for about so many seconds."""
-    repeats = {}
-    for name, run in runs.items():
-        once = [timed(run, device, 1) for _ in range(WARMUPS)][-1]  # first compiles, fills caches
-        repeats[name] = max(1, round(SHORTEST / max(once, 1e-7)))
+    repeats = {name: enough(run, device) for name, run in runs.items()}
     times: Times = {name: [] for name in runs}
     end = time.perf_counter() + seconds
     for done in range(MOST_ROUNDS):
@@ -146,6 +143,19 @@ def alternate(runs: Mapping[str, Run], device: str, seconds: float, min_rounds: 
         for name, run in runs.items():
             times[name].append(timed(run, device, repeats[name]))
     return times
+
+
+def enough(run: Run, device: str) -> int:
+    """How many calls take the shortest time that is measured, once they take what they do later.
+
+    The first calls compile, fill caches and get pages.
+    """
+    for _ in range(WARMUPS):
+        timed(run, device, 1)
+    repeats = 1
+    while repeats * timed(run, device, repeats) < SHORTEST:
+        repeats *= 2
+    return repeats
 
 
 def timed(run: Run, device: str, repeats: int) -> float:
