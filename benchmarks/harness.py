@@ -50,6 +50,7 @@ def require(package: str, install: str) -> ModuleType:
     Raises:
         Missing: It is not installed.
     """
+    # Some packages put a module without a spec in their own place once they are imported.
     if package not in sys.modules and importlib.util.find_spec(package) is None:
         raise Missing(f"{package} is not installed: pip install {install}")
     return importlib.import_module(package)

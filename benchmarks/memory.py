@@ -12,7 +12,6 @@ optimizer.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import json
 import os
@@ -88,20 +87,6 @@ def allocated_peak(run: Run) -> int:
         live += change
         peak = max(peak, live)
     return peak
-
-
-def keep_freed_pages() -> None:
-    """For the rest of the process malloc keeps what is freed, as other allocators do.
-
-    glibc's gives it back to the system by default, and gets the pages again in the next step. How
-    many differs between two ways to train by chance, and in a virtual machine each takes 2 us.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
-        raise Missing("malloc is not glibc's: there is no mallopt")
-    trim_threshold, mmap_max = -1, -4  # as in malloc.h
-    mallopt(trim_threshold, 2**31 - 1)
-    mallopt(mmap_max, 0)
 
 
 def kept_tensors(output: Tensor) -> list[Tensor]:

@@ -28,7 +28,7 @@ COLOURS = {
     "one-sample loop": "#999999",
 }
 Row = dict[str, str]
-USUAL = {"mask": "uniform", "dtype": "float32", "dropout": "the model's", "freed_pages": "returned"}
+USUAL = {"mask": "uniform", "dtype": "float32", "dropout": "the model's"}
 
 
 class Group(NamedTuple):

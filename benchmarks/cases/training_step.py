@@ -20,7 +20,6 @@ from benchmarks.contenders.training import (
     every_weight,
 )
 from benchmarks.harness import Case, Config, Run, Target, Times, Wrong
-from benchmarks.memory import keep_freed_pages
 from benchmarks.workloads.finetuning import Finetuning, Footprint, Phases, Trainer, finetuning
 
 TOLERANCE = 1e-5
@@ -45,10 +44,7 @@ def _target(what: str, density: float, metric: str, bound: float) -> Target:
 
 
 class TrainingStep(Case):
-    """Forward, backward and step of one batch.
-
-    With dropout where the model has it, and without; and where malloc keeps what is freed.
-    """
+    """Forward, backward and step of one batch, with dropout where the model has it, and without."""
 
     name = "training_step"
     baselines = (FUSED, LORA_EQUAL, FLOOR)
@@ -81,15 +77,9 @@ class TrainingStep(Case):
             for model in ("minilm", "bert-base-shaped", "llama-shaped")
             for density in (0.0005, 0.005, 0.05)
         ]
-        plain = [{**config, "dropout": 0.0} for config in sweep[:2]]
-        sweep = [*sweep[:2], *plain, *sweep[2:]]
-        if device == "cpu":  # the last ones: it cannot be taken back
-            sweep += [{**config, "freed_pages": "kept"} for config in plain]
-        return sweep
+        return [*sweep[:2], *({**config, "dropout": 0.0} for config in sweep[:2]), *sweep[2:]]
 
     def setup(self, config: Config, device: str) -> Finetuning:
-        if config.get("freed_pages") == "kept":
-            keep_freed_pages()
         return finetuning(config, device)
 
     def gate(self, config: Config, device: str, contender: str) -> None:

@@ -1,8 +1,5 @@
 """The benchmark of a training step: its counts by hand, and that it refuses wrong ways."""
 
-import ctypes
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -232,29 +229,3 @@ def test_the_targets_speak_of_what_is_measured():
         f"kept_of:{ways.FUSED}",
         "bytes_per_entry",
     }
-
-
-FAULTS = """
-import resource, sys, torch
-from benchmarks.memory import keep_freed_pages
-if sys.argv[1] == "kept":
-    keep_freed_pages()
-
-def faults():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    tensors = [torch.ones(2**22) for _ in range(8)]  # 16 MiB each
-    del tensors
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-print([faults() for _ in range(4)][-1])  # once the heap has grown
-"""
-
-
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="malloc is not glibc's")
-def test_kept_pages_are_not_got_again():
-    given, kept = (
-        int(subprocess.check_output([sys.executable, "-c", FAULTS, how]))
-        for how in ("given", "kept")
-    )
-    assert kept < 100
-    assert given > 1000  # else there would be nothing to keep
