@@ -1,4 +1,5 @@
-// What csrc/cpu/fisher_blocks.cpp asks of the vectorised code: blocks of sum_n (sum_t a[n,t] b[n,t]^T)^2.
+// What csrc/cpu/fisher_blocks.cpp asks of the vectorised code:
+// blocks of sum_n (sum_t a[n,t] b[n,t]^T)^2.
 //
 // Letters: n sample, t token, r row and c column of the result. Of the two operands, `rows` is read
 // one number at a time and `cols` a vector at a time: cols should be the longer one. Which of them
