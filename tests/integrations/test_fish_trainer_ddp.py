@@ -12,6 +12,7 @@ import fishkern
 from fishkern import SparseMask
 from fishkern.integrations.transformers import MASK_NAME, FishTrainer
 from tests.support.loops import HEAD, arguments, assert_same_weights, dataset, make_model, weights
+from tests.support.processes import end_process
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
@@ -48,6 +49,7 @@ def rank_main(rank, port, folder, train_only):
     )
     subject.mask.save(folder / f"{rank}-{MASK_NAME}")
     dist.destroy_process_group()
+    end_process()
 
 
 @pytest.mark.parametrize("train_only", [False, True])

@@ -1,13 +1,11 @@
 """torch.distributed.checkpoint in all its forms, and FSDP2, with one and two processes."""
 
 import copy
-import functools
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.multiprocessing as mp
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -19,6 +17,7 @@ from torch.distributed.fsdp import fully_shard
 import fishkern
 from fishkern.optim import FishSparseAdamW
 from tests.support.optim import copies, full_mask, make_mask, make_model, train
+from tests.support.processes import two_processes
 from tests.support.tolerances import assert_matches
 
 # One process is meant where it says so; TypedStorage is torch's own, in its reader.
@@ -144,19 +143,6 @@ def test_states_made_for_loading_are_not_steps():
 
 
 # Two processes
-
-
-def two_processes(function, *args):
-    mp.spawn(functools.partial(_process, function), args, nprocs=2)
-
-
-def _process(function, rank, path, *args):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{path}/store", rank=rank, world_size=2)
-    try:
-        function(rank, path, *args)
-    finally:
-        dist.destroy_process_group()
 
 
 def _replicated(rank, path):

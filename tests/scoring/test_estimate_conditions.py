@@ -1,11 +1,9 @@
 """Checkpointing, narrow dtypes, autocast, wrappers, other kinds of batches, several processes."""
 
-import contextlib
 from dataclasses import dataclass
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -22,6 +20,7 @@ from tests.support.problems import (
     next_token_loss,
     opt,
 )
+from tests.support.processes import process_group, two_processes
 from tests.support.tolerances import assert_scores_match
 
 pytestmark = [
@@ -345,22 +344,11 @@ def test_checkpoint_wrappers_do_not_show_in_names():
     )
 
 
-@contextlib.contextmanager
-def process_group(rank, size, path):
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{path}", rank=rank, world_size=size
-    )
-    try:
-        yield
-    finally:
-        torch.distributed.destroy_process_group()
-
-
 def test_a_model_in_ddp_is_looked_through(tmp_path):
     problem = PROBLEMS["bert"]
     model, batch = problem.model(), problem.batch()
     plain = score(model, [batch])
-    with process_group(0, 1, tmp_path / "store"):
+    with process_group(0, 1, tmp_path):
         wrapped = nn.parallel.DistributedDataParallel(model)
         assert score(wrapped, [batch]) == plain
         loss = wrapped(**batch).loss  # DDP still works
@@ -369,15 +357,13 @@ def test_a_model_in_ddp_is_looked_through(tmp_path):
 
 
 def shard(rank, path, model, batches):
-    torch.set_num_threads(1)
-    with process_group(rank, 2, path / "store"):
-        scores = score(
-            model,
-            [batches[rank]],
-            process_group=torch.distributed.group.WORLD,
-            params="*",
-            sample_scores=True,
-        )
+    scores = score(
+        model,
+        [batches[rank]],
+        process_group=torch.distributed.group.WORLD,
+        params="*",
+        sample_scores=True,
+    )
     scores.save(path / f"{rank}.safetensors")
 
 
@@ -387,7 +373,7 @@ def test_two_processes_equal_one_with_all_the_data(tmp_path):
 
     model = lora(gpt2(), ["c_attn"], fan_in_fan_out=True)
     batches = [language(3, 4), language(2, 6)]  # ranks with unequal numbers of samples
-    mp.spawn(shard, (tmp_path, model, batches), nprocs=2)
+    two_processes(shard, tmp_path, model, batches)
     parts = [FisherDiagonal.load(tmp_path / f"{rank}.safetensors") for rank in range(2)]
     assert parts[0].num_samples == 5
     assert parts[0] == parts[1]

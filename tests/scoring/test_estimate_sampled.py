@@ -4,13 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from torch import multiprocessing as mp
 from torch import nn
 
 from fishkern import FisherDiagonal
 from fishkern.batches import losses
 from fishkern.batches.labels import Draws
-from tests.scoring.test_estimate_conditions import process_group
 from tests.scoring.test_estimate_fisher import padded
 from tests.support.labels import Output, Scores, score, seeded, unlabelled
 from tests.support.oracle import fisher_oracle
@@ -25,6 +23,7 @@ from tests.support.problems import (
     text,
     token_classes,
 )
+from tests.support.processes import two_processes
 from tests.support.tolerances import assert_scores_match
 
 pytestmark = pytest.mark.filterwarnings(
@@ -240,18 +239,15 @@ def test_ranks_draw_differently():
 
 
 def shard(rank, path, model, batch):
-    torch.set_num_threads(1)
-    generator = seeded(0)
-    with process_group(rank, 2, path / "store"):
-        group = torch.distributed.group.WORLD
-        scores = score(model, [batch], "sampled", generator=generator, process_group=group)
+    group = torch.distributed.group.WORLD
+    scores = score(model, [batch], "sampled", generator=seeded(0), process_group=group)
     scores.save(path / f"{rank}.safetensors")
 
 
 @pytest.mark.slow
 def test_ranks_of_a_group_draw_differently(tmp_path):
     model, batch = Scores(5, 3), {"x": torch.randn(20, 5)}
-    mp.spawn(shard, (tmp_path, model, batch), nprocs=2)
+    two_processes(shard, tmp_path, model, batch)
     parts = [FisherDiagonal.load(tmp_path / f"{rank}.safetensors") for rank in range(2)]
     assert parts[0] == parts[1]
     assert (parts[0].labels, parts[0].num_samples) == ("sampled", 40)

@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from fishkern import estimate_fisher
 from fishkern.scoring.ranks import all_of, first_of, gathered, rank_in
-from tests.scoring.test_estimate_conditions import process_group
 from tests.scoring.test_ird import Net, batches, dict_of, ird
 from tests.support.oracle import squared_error
+from tests.support.processes import two_processes
 
 # Which of the batches the second rank has; the options.
 CASES = {
@@ -37,20 +36,18 @@ def plain(result):
 
 
 def on_a_rank(rank, path, state, samples):
-    torch.set_num_threads(1)
     model = Net()
     model.load_state_dict(state)
     found = {}
-    with process_group(rank, 2, path / "store"):
-        group = torch.distributed.group.WORLD
-        for name, (second, options) in CASES.items():
-            own = split_up(samples, second)[rank]
-            found[name] = plain(ird(model, own, process_group=group, **options))
-        with pytest.raises(ValueError, match="samples holds 24"):
-            ird(model, split_up(samples, slice(2, 4))[rank], num_samples=25, process_group=group)
-        with pytest.raises(ValueError, match="samples is empty"):
-            ird(model, [], process_group=group)
-        assert first_of(rank, group) == 0
+    group = torch.distributed.group.WORLD
+    for name, (second, options) in CASES.items():
+        own = split_up(samples, second)[rank]
+        found[name] = plain(ird(model, own, process_group=group, **options))
+    with pytest.raises(ValueError, match="samples holds 24"):
+        ird(model, split_up(samples, slice(2, 4))[rank], num_samples=25, process_group=group)
+    with pytest.raises(ValueError, match="samples is empty"):
+        ird(model, [], process_group=group)
+    assert first_of(rank, group) == 0
     torch.save(found, path / f"{rank}.pt")
 
 
@@ -61,7 +58,7 @@ def on_a_rank(rank, path, state, samples):
 def test_two_processes_choose_as_one_with_all_samples(tmp_path):
     torch.manual_seed(0)
     model, samples = Net(), batches()
-    mp.spawn(on_a_rank, (tmp_path, model.state_dict(), samples), nprocs=2)
+    two_processes(on_a_rank, tmp_path, model.state_dict(), samples)
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     assert found[0] == found[1]
     for name, (second, options) in CASES.items():

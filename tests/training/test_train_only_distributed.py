@@ -5,31 +5,21 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import fishkern
 from fishkern import FishSparseAdamW, SparseMask, attached, train_only
+from tests.support.processes import two_processes
 from tests.support.tolerances import MODEL
 
 LR = 1e-2
 
 
-def two_processes(path, *calls):
-    mp.spawn(_process, (path, calls), nprocs=2)
-
-
-def _process(rank, path, calls):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{path}/store", rank=rank, world_size=2)
-    try:
-        for function, *args in calls:
-            function(rank, *args)
-        dist.barrier()  # gloo aborts a process whose peer ends while they still talk
-    finally:
-        dist.destroy_process_group()
+def run_calls(rank, path, calls):
+    for function, *args in calls:
+        function(rank, *args)
 
 
 def random_mask(model, density=0.2):
@@ -115,7 +105,7 @@ def _accumulated(rank):
 
 def test_ddp_reduces_exactly_the_leaves(tmp_path):
     ways = [(_replicated, make) for make in (torch.optim.AdamW, FishSparseAdamW)]
-    two_processes(tmp_path, *ways, (_accumulated,))
+    two_processes(run_calls, tmp_path, [*ways, (_accumulated,)])
 
 
 def _drifting(rank, make):
@@ -148,7 +138,7 @@ def _stages(rank):
 
 def test_ranks_with_other_gradients_are_refused_in_the_first_step(tmp_path):
     ways = [(_drifting, make) for make in (torch.optim.SGD, FishSparseAdamW)]
-    two_processes(tmp_path, *ways, (_stages,))
+    two_processes(run_calls, tmp_path, [*ways, (_stages,)])
 
 
 def _sharded(rank, make, parts):
@@ -181,4 +171,4 @@ def test_wrapped_and_sharded_models_are_refused(tmp_path):
         for make in (torch.optim.AdamW, FishSparseAdamW)
         for parts in ([], [0])
     ]
-    two_processes(tmp_path, (_refused,), *calls)
+    two_processes(run_calls, tmp_path, [(_refused,), *calls])
