@@ -36,7 +36,11 @@ MASK_ELSEWHERE = "see optimizer.mask"
 
 
 def add_masks(optimizer: Any, state_dict: dict[str, Any]) -> None:
-    """Let the mask travel in a checkpoint's groups; the live ones only say that there is one."""
+    """Let the mask travel in a checkpoint's groups; the live ones only say that there is one.
+
+    The states become plain dicts, which ``torch.load(weights_only=True)`` reads.
+    """
+    state_dict["state"] = {key: dict(entry) for key, entry in state_dict["state"].items()}
     add_masters(state_dict, optimizer.param_groups)
     if optimizer.mask is not None:
         for group in state_dict["param_groups"]:

@@ -37,6 +37,7 @@ from fishkern.optim.roles import (
     name_all,
 )
 from fishkern.optim.scaler import scaling
+from fishkern.optim.states import States
 from fishkern.selection.masks import SparseMask
 
 __all__ = ["FishSparseAdamW"]
@@ -151,6 +152,7 @@ class FishSparseAdamW(torch.optim.Optimizer):
         named = mask is not None and not isinstance(groups, Tensor)
         self._owners: set[str] = group_owners(groups) if named else set()
         super().__init__(groups, defaults)
+        self.state = States.of(self.state)
         self.register_state_dict_post_hook(add_masks, prepend=True)
 
     @property
@@ -232,6 +234,7 @@ class FishSparseAdamW(torch.optim.Optimizer):
 
     def _follow(self, mask: SparseMask) -> None:
         self._mask, self._mask_is_computed = mask, False
+        self.state = States.of(self.state)
         self._plans.clear()  # and with them the packed state of what has left
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -391,6 +394,7 @@ class FishSparseAdamW(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         unpickled = "_optimizer_state_dict_post_hooks" not in self.__dict__
         super().__setstate__(state)
+        self.state = States.of(self.state)
         self._plans = {}
         for group in self.param_groups:
             for key, value in self.defaults.items():

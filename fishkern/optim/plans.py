@@ -1,8 +1,9 @@
 """From parameter groups to what one step hands to the op, and in which order.
 
-Little is kept between steps, and nothing that a framework may exchange unseen: gradients, states
-and their tensors are read anew each time. A plan holds what is costly to find out (roles, indices,
-devices) and is made again when a group's parameters or their devices have changed.
+Little is kept between steps, and nothing that a framework may exchange unseen: gradients are read
+anew each time, states and their tensors when somebody has written to them (``states.py``). A plan
+holds what is costly to find out (roles, indices, devices) and is made again when a group's
+parameters or their devices have changed.
 
 State lies packed: one tensor per kind (steps, first and second moments) for all parameters of a
 batch, with a view into it in each parameter's state, so that one call reads two lists - parameters
@@ -16,13 +17,14 @@ from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, repeat
 from operator import is_, is_not
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fishkern.optim.cohorts import COHORTS, Sorting
 from fishkern.optim.quantized import scales_of, zero_scales
+from fishkern.optim.states import Entry, all_tell, writes
 from fishkern.training import leaves
 from fishkern.training.leaves import is_sharded
 
@@ -36,9 +38,33 @@ class Packed:
     tensor: Tensor
     views: list[Tensor]
 
-    def holds(self, values: Sequence[Tensor]) -> bool:
+    def holds(self, values: list[Tensor]) -> bool:
         """Whether these are the very same views (and not moved by ``value.data = ...``)."""
-        return all(map(is_, values, self.views)) and values[0].data_ptr() == self.tensor.data_ptr()
+        if values is not self.views:
+            if not all(map(is_, values, self.views)):
+                return False
+            self.views = values  # so that the same list is not looked through again
+        return values[0].data_ptr() == self.tensor.data_ptr()
+
+
+class Found(NamedTuple):
+    """The states of those parameters of a batch that a step is for, and what they hold by kind."""
+
+    owner: State
+    writes: int
+    kinds: Sequence[str]
+    some: list[int] | None
+    states: list[dict[str, Any]]
+    values: dict[str, list[Tensor]]
+
+    def holds(self, state: State, kinds: Sequence[str], some: list[int] | None) -> bool:
+        """Whether nobody has written to them since, and no others are asked for."""
+        return (
+            self.owner is state
+            and self.writes == writes()
+            and self.kinds == kinds
+            and self.some == some
+        )
 
 
 @dataclass(slots=True, eq=False)
@@ -65,7 +91,7 @@ class Batch:
     shapes: list[torch.Size | None] = field(default_factory=list)
     layout: tuple[Tensor, Tensor] | None = None  # None: for those that take lists
     packed: dict[str, Packed] = field(default_factory=dict)
-    states: list[dict[str, Any]] = field(default_factory=list)  # as they were found last
+    found: Found | None = None  # in the last step, if their states tell of changes
     lr: tuple[float, Tensor] = (
         math.nan,
         torch.empty(0, device="cpu"),
@@ -171,27 +197,38 @@ def make_call(batch: Batch, state: State, group: dict[str, Any]) -> Call | None:
         RuntimeError: A gradient is sparse, or a state lacks something.
     """
     grads: list[Any] = [param.grad for param in batch.params]
-    states = _states(batch, state)
-    if states is None:
-        states = _build_states(batch, state, group)
-        if _only_builds(group, grads):
-            return None
     some = None
     if not all(map(is_not, grads, repeat(None))):
         some = [i for i, grad in enumerate(grads) if grad is not None]
+    kinds = ("step", "exp_avg", "exp_avg_sq", *batch.scales)
+    kinds += ("max_exp_avg_sq",) if group["amsgrad"] else ()
+    found = batch.found
+    if found is not None and not found.holds(state, kinds, some):
+        found = None
+    if found is None and not all(map(state.get, batch.params)):
+        _build_states(batch, state, group)
+        if _only_builds(group, grads):
+            return None
+    if some is not None:
         if not some:
             return None
         grads = [grads[i] for i in some]
-        if batch.sorting is None:  # else the states are sorted, and put back, as a whole
-            states = [states[i] for i in some]
     if [grad.layout for grad in grads].count(torch.strided) != len(grads):
         odd = next(grad for grad in grads if grad.layout is not torch.strided)
         raise RuntimeError(
             f"a gradient of shape {list(odd.shape)} is {odd.layout}, but sparse gradients are not "
             f"supported: make it dense, for an embedding with sparse=False"
         )
-    kinds = ["step", "exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else [])]
-    kinds += batch.scales
+    if found is None:
+        found = _find(batch, state, kinds, some)
+    return Call(batch, grads, found.states, found.values, some)
+
+
+def _find(batch: Batch, state: State, kinds: Sequence[str], some: list[int] | None) -> Found:
+    """The states, in the parameters' order."""
+    # Of those with several step counts all are sorted, and put back.
+    every = some is None or batch.sorting is not None
+    states = [state[batch.params[i]] for i in (range(len(batch.params)) if every else some or ())]
     try:
         values = {kind: [entry[kind] for entry in states] for kind in kinds}
     except KeyError as error:
@@ -200,17 +237,9 @@ def make_call(batch: Batch, state: State, group: dict[str, Any]) -> Call | None:
             f"switched on after the first step, and a checkpoint has to be one of AdamW; build the "
             f"optimizer anew with the options it is to have"
         ) from None
-    return Call(batch, grads, states, values, some)
-
-
-def _states(batch: Batch, state: State) -> list[dict[str, Any]] | None:
-    """The parameters' states in their order; None if one is missing or empty."""
-    last = batch.states
-    if len(last) == len(state) == len(batch.params) and all(map(is_, state.values(), last)):
-        return last if all(last) else None  # most often so, and quickly seen
-    states = [state.get(param) for param in batch.params]
-    batch.states = [entry for entry in states if entry]
-    return batch.states if len(batch.states) == len(states) else None
+    found = Found(state, writes(), kinds, some, states, values)
+    batch.found = found if all_tell(state, states) else None
+    return found
 
 
 def _lay_out(batch: Batch) -> None:
@@ -253,7 +282,7 @@ def _only_builds(group: dict[str, Any], grads: list[Any]) -> bool:
     return not any(f.full_tensor() if is_sharded(f) else f for f in found)
 
 
-def _build_states(batch: Batch, state: State, group: dict[str, Any]) -> list[Any]:
+def _build_states(batch: Batch, state: State, group: dict[str, Any]) -> None:
     """Zero moments for each parameter without a state, also for one that has no gradient yet.
 
     Checkpoint formats want an entry for every trainable parameter from the first step on; a frozen
@@ -266,9 +295,7 @@ def _build_states(batch: Batch, state: State, group: dict[str, Any]) -> list[Any
         if state.get(param) or not wanted:
             continue
         counter_device = batch.device if group["capturable"] else "cpu"
-        entry: dict[str, Any] = {
-            "step": torch.zeros((), dtype=torch.float32, device=counter_device)
-        }
+        entry = Entry(step=torch.zeros((), dtype=torch.float32, device=counter_device))
         narrow = batch.state_dtype is not torch.float32
         dtype = batch.state_dtype if narrow else leaves.wide_dtype(param)
         for key in keys:
@@ -282,7 +309,6 @@ def _build_states(batch: Batch, state: State, group: dict[str, Any]) -> list[Any
         for moment, scale in zip(keys, batch.scales, strict=False):
             entry[scale] = zero_scales(entry[moment])
         state[param] = entry
-    return [state.get(param) for param in batch.params]
 
 
 def check_leaves_on(plans: Sequence[Plan]) -> None:
