@@ -18,7 +18,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +136,7 @@ def tensors_in(value: Any, seen: set[int]) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
         return
-    parts = list(value.values()) if hasattr(value, "values") else []
+    parts = list(value.values()) if isinstance(value, Mapping) else []
     parts += list(value) if isinstance(value, (list, tuple, set)) else []
     parts += list(getattr(value, "__dict__", {}).values())
     parts += [getattr(value, name, None) for name in getattr(value, "__slots__", ())]
