@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any, ClassVar
+from unittest import mock
 
 import torch
 
@@ -27,10 +29,12 @@ from benchmarks.workloads.steps import (
     lines_touched,
     step_problem,
 )
+from fishkern import _ops
 from fishkern.functional import masked_adamw_
 
 FISHKERN, FUSED, FOREACH = "fishkern", "AdamW(fused)", "AdamW(foreach)"
 LEAVES, HOST = "fishkern (train_only)", "fishkern, one entry each"
+OP = "fishkern, its op alone"
 BYTES = "fishkern (8 bits)"
 PASS = "in-place pass"
 ADAMW = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
@@ -56,6 +60,15 @@ def leaves_optimizer(problem: Problem) -> torch.optim.Optimizer:
     optimizer = fishkern.FishSparseAdamW(handle.parameters(), **ADAMW)
     optimizer.model = model  # type: ignore[attr-defined]  # leaves hold it weakly
     return optimizer
+
+
+def op_alone(problem: Problem) -> Any:
+    """What an optimizer hands to the op, and steps that are the op and nothing else."""
+    optimizer, calls = fishkern_optimizer(problem), []
+    with mock.patch.object(_ops, "masked_adamw_packed_", lambda *args: calls.append(args)):
+        optimizer.step()
+    (args,) = calls
+    return SimpleNamespace(step=lambda: _ops.masked_adamw_packed_(*args), optimizer=optimizer)
 
 
 def adamw(**flags: bool) -> Optimizer:
@@ -85,6 +98,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
     LEAVES: leaves_optimizer,
     BYTES: lambda problem: fishkern_optimizer(problem, state_dtype=torch.uint8),
     HOST: lambda problem: fishkern_optimizer(problem.one_each()),
+    OP: op_alone,
     FUSED: adamw(fused=True),
     FOREACH: adamw(foreach=True),
 }
@@ -191,7 +205,7 @@ class OptimizerStep(Case):
             held, entries = held_bytes(OPTIMIZERS[name], workload)
             yield name, "persistent_bytes", float(held)
             yield name, "bytes_per_entry", held / entries
-        for name in (n for n in (FISHKERN, LEAVES, BYTES) if n in times):
+        for name in (n for n in (FISHKERN, LEAVES, BYTES, OP) if n in times):
             for baseline in (b for b in self.baselines if b in times):
                 yield name, f"speedup:{baseline}", median_ratio(times, baseline, name)
         if {FISHKERN, HOST} <= times.keys():
