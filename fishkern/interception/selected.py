@@ -40,10 +40,11 @@ class Matrix:
         if self.row_places is self.column_places is None and self.used == self.width:
             return indices
         row = indices.div(self.width, rounding_mode="floor")
-        column = indices - row * self.width
-        row = row if self.row_places is None else self.row_places[row]
-        column = column if self.column_places is None else self.column_places[column]
-        return row * self.used + column
+        column = indices.sub(row, alpha=self.width)
+        row = row if self.row_places is None else self.row_places.index_select(0, row)
+        if self.column_places is not None:
+            column = self.column_places.index_select(0, column)
+        return column.add(row, alpha=self.used)
 
 
 def select_matrix(indices: Tensor, weight: Tensor, *, input_dim: int) -> Selection:

@@ -33,7 +33,8 @@ class Alias(torch.autograd.Function):
         (indices,) = ctx.saved_tensors
         if grad is None:
             return None, None, None
-        selected = grad.view(-1)[indices] if grad.is_contiguous() else grad.take(indices.long())
+        flat = grad.is_contiguous()
+        selected = grad.view(-1).index_select(0, indices) if flat else grad.take(indices.long())
         return None, selected.to(ctx.dtype), None
 
 

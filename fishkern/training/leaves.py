@@ -290,7 +290,7 @@ def _stamp(leaf: Tensor, weight: Tensor) -> tuple[int, int, int]:
 def gather(tensor: Tensor, indices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """The entries at flat positions."""
     if tensor.is_contiguous():
-        return tensor.detach().view(-1)[indices].to(dtype)
+        return tensor.detach().view(-1).index_select(0, indices).to(dtype)
     return tensor.detach().take(indices.long()).to(dtype)
 
 

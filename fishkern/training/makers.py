@@ -59,15 +59,17 @@ def made(x: Tensor) -> Made | None:
         return None
     tensors, columns = found
     # Without their graphs: that the maker's is there is the maker's business.
-    return Made(node.name(), [tensor.detach() for tensor in tensors], columns)
+    return Made(node.name(), [t.detach() if t.requires_grad else t for t in tensors], columns)
 
 
 def gathered(x: Tensor, columns: Tensor | None) -> Tensor:
     """``x[..., columns]``, or x, by torch's faster way, which is for matrices."""
     if columns is None:
         return x
+    if x.dim() < 3:
+        return x.index_select(-1, columns)
     flat = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    return flat.index_select(1, columns).view(*x.shape[:-1], len(columns))
+    return flat.index_select(1, columns).view(*x.shape[:-1], columns.numel())
 
 
 _Reading = tuple[Sequence[Tensor], Callable[..., Tensor]]  # as in Made
@@ -115,7 +117,7 @@ def _layer_norm(node: Any, width: int) -> _Reading | None:
 
     def columns_of(columns: Tensor | None, *tensors: Tensor) -> Tensor:
         u, mean, rstd, weight, bias = tensors
-        x_hat = (gathered(u, columns) - mean) * rstd
+        x_hat = (gathered(u, columns) - mean).mul_(rstd)
         # Rounded as its kernel does.
         return torch.addcmul(gathered(bias, columns), x_hat, gathered(weight, columns))
 
