@@ -25,6 +25,7 @@ TINY = {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 2}
 TINY |= {"num_attention_heads": 2, "intermediate_size": 64}
 # Stand-ins for labelled text that need no download: which package does a docstring belong to?
 PACKAGES = ("argparse", "decimal", "email.message", "inspect", "logging", "unittest")
+NUM_SAMPLES = 64  # that Fisher scores are of
 
 
 def encoder(config: Config, num_labels: int = 2) -> nn.Module:
@@ -52,7 +53,7 @@ def weights_folder() -> Path | None:
 
 
 @cache
-def fisher_scores(num_samples: int = 64) -> dict[str, Tensor]:
+def fisher_scores() -> dict[str, Tensor]:
     """Scores of every weight of the real encoder, on real text; the head is at random.
 
     Raises:
@@ -68,7 +69,7 @@ def fisher_scores(num_samples: int = 64) -> dict[str, Tensor]:
     tokenizer = require("transformers", "transformers").AutoTokenizer.from_pretrained(folder)
     batches: list[Any] = []
     for package in PACKAGES:
-        texts = _docstrings(package)[: num_samples // len(PACKAGES)]
+        texts = _docstrings(package)[: NUM_SAMPLES // len(PACKAGES)]
         batch = tokenizer(texts, truncation=True, max_length=64, padding=True, return_tensors="pt")
         labels = torch.full((len(texts),), len(batches) % 2)
         batches.append({**batch, "labels": labels})

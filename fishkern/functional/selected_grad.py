@@ -15,6 +15,7 @@ from fishkern.functional.checks import check_accumulator
 ROUTES = ("tiles", "columns", "rows")
 # What a CPU takes to gather a number, and to read it, in multiply-adds of a large float32 product.
 _GATHERING, _READING = 100, 8
+_TILE = 64  # of the GPU's kernel, a side
 # A larger share of a layer's input than this is kept as it is: a copy would save too little.
 MOST_KEPT = 0.75
 
@@ -246,17 +247,15 @@ def _has_matrix_units() -> bool:
     return capabilities is not None and bool(capabilities().get("amx_bf16", False))
 
 
-def _gpu_costs(
-    indices: Tensor, shape: tuple[int, int], rows: int, columns: int, side: int = 64
-) -> dict[str, int]:
+def _gpu_costs(indices: Tensor, shape: tuple[int, int], rows: int, columns: int) -> dict[str, int]:
     def tiles(size: int) -> int:
-        return -(-size // side)
+        return -(-size // _TILE)
 
     row, column = _rows_and_columns(indices, shape)
-    tile = row.div(side, rounding_mode="floor") * tiles(shape[1])
-    tile += column.div(side, rounding_mode="floor")
+    tile = row.div(_TILE, rounding_mode="floor") * tiles(shape[1])
+    tile += column.div(_TILE, rounding_mode="floor")
     filled = torch.unique(tile).numel()
-    area = side * side
+    area = _TILE * _TILE
     return {
         "tiles": filled * area,
         "columns": tiles(shape[0]) * tiles(columns) * area,

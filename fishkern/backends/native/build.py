@@ -212,9 +212,9 @@ def _key(csrc: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def _first_error(output: str, lines: int = 8) -> str:
+def _first_error(output: str) -> str:
     """The compiler's first complaint: the rest mostly follows from it."""
-    text = output.splitlines()
+    lines, text = 8, output.splitlines()
     first = next((i for i, line in enumerate(text) if "error" in line), max(0, len(text) - lines))
     return "\n".join(text[first : first + lines])
 
