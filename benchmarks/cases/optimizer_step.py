@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import accumulate
 from types import SimpleNamespace
 from typing import Any, ClassVar
-from unittest import mock
 
 import torch
 
@@ -29,7 +29,6 @@ from benchmarks.workloads.steps import (
     lines_touched,
     step_problem,
 )
-from fishkern import _ops
 from fishkern.functional import masked_adamw_
 
 FISHKERN, FUSED, FOREACH = "fishkern", "AdamW(fused)", "AdamW(foreach)"
@@ -63,12 +62,19 @@ def leaves_optimizer(problem: Problem) -> torch.optim.Optimizer:
 
 
 def op_alone(problem: Problem) -> Any:
-    """What an optimizer hands to the op, and steps that are the op and nothing else."""
-    optimizer, calls = fishkern_optimizer(problem), []
-    with mock.patch.object(_ops, "masked_adamw_packed_", lambda *args: calls.append(args)):
-        optimizer.step()
-    (args,) = calls
-    return SimpleNamespace(step=lambda: _ops.masked_adamw_packed_(*args), optimizer=optimizer)
+    """Steps that are a call of the op with what an optimizer hands to it, and nothing else."""
+    params = list(problem.params.values())
+    device, indices = params[0].device, [problem.mask[name] for name in problem.params]
+    offsets = torch.tensor([0, *accumulate(map(len, indices))])
+    some = [i for i, p in zip(indices, params, strict=True) if len(i) < p.numel()]
+    exp_avg, exp_avg_sq = torch.zeros(2, int(offsets[-1]), device=device)
+    args = (
+        *([p.detach() for p in params], [p.grad for p in params], offsets, torch.cat(some)),
+        *(exp_avg, exp_avg_sq, None, None, torch.zeros(len(params), device=device)),
+        *(torch.tensor(ADAMW["lr"], dtype=torch.float64), *ADAMW["betas"]),
+        *(ADAMW["eps"], ADAMW["weight_decay"]),
+    )
+    return SimpleNamespace(step=lambda: torch.ops.fishkern.masked_adamw_packed_(*args))
 
 
 def adamw(**flags: bool) -> Optimizer:

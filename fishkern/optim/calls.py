@@ -147,7 +147,6 @@ def _packed(call: Call, key: str) -> Tensor:
     for entry, view in zip(call.states, views, strict=True):
         entry[key] = view
     call.batch.packed[key] = Packed(tensor, views)
-    call.batch.found = None  # it holds what has just been replaced
     return tensor
 
 

@@ -24,6 +24,7 @@ from fishkern.optim.roles import (
     index_of,
     leaf_owner,
 )
+from fishkern.optim.states import Entry
 from fishkern.selection.masks import SparseMask
 from fishkern.training.leaves import is_sharded, wide_dtype
 
@@ -40,7 +41,10 @@ def add_masks(optimizer: Any, state_dict: dict[str, Any]) -> None:
 
     The states become plain dicts, which ``torch.load(weights_only=True)`` reads.
     """
-    state_dict["state"] = {key: dict(entry) for key, entry in state_dict["state"].items()}
+    state_dict["state"] = {
+        key: dict(entry) if isinstance(entry, Entry) else entry
+        for key, entry in state_dict["state"].items()
+    }
     add_masters(state_dict, optimizer.param_groups)
     if optimizer.mask is not None:
         for group in state_dict["param_groups"]:

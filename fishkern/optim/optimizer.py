@@ -234,7 +234,6 @@ class FishSparseAdamW(torch.optim.Optimizer):
 
     def _follow(self, mask: SparseMask) -> None:
         self._mask, self._mask_is_computed = mask, False
-        self.state = States.of(self.state)
         self._plans.clear()  # and with them the packed state of what has left
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -327,12 +326,7 @@ class FishSparseAdamW(torch.optim.Optimizer):
         plan = self._plans[i] = make_plan(group["params"], indices, self.state, self._state_dtype)
         if self._mask is not None:
             # The plan's indices lie packed: held by the mask too, they are held once.
-            held = {
-                id(param): index
-                for batch in plan.batches
-                if batch.layout is not None
-                for param, index in zip(batch.params, batch.indices, strict=True)
-            }
+            held = plan.packed_indices()
             self._mask = self._mask._with_indices(
                 {
                     name: held[id(param)]

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fishkern.optim.cohorts import COHORTS, Sorting
 from fishkern.optim.quantized import scales_of, zero_scales
-from fishkern.optim.states import Entry, all_tell, writes
+from fishkern.optim.states import Entry, Memo, States
 from fishkern.training import leaves
 from fishkern.training.leaves import is_sharded
 
@@ -37,6 +37,10 @@ class Packed:
 
     tensor: Tensor
     views: list[Tensor]
+    first: int = field(init=False)  # of those that are not empty
+
+    def __post_init__(self) -> None:
+        self.first = next((i for i, view in enumerate(self.views) if view.numel()), 0)
 
     def holds(self, values: list[Tensor]) -> bool:
         """Whether these are the very same views (and not moved by ``value.data = ...``)."""
@@ -44,27 +48,21 @@ class Packed:
             if not all(map(is_, values, self.views)):
                 return False
             self.views = values  # so that the same list is not looked through again
-        return values[0].data_ptr() == self.tensor.data_ptr()
+        return values[self.first].data_ptr() == self.tensor.data_ptr()
 
 
 class Found(NamedTuple):
     """The states of those parameters of a batch that a step is for, and what they hold by kind."""
 
     owner: State
-    writes: int
     kinds: Sequence[str]
     some: list[int] | None
     states: list[dict[str, Any]]
     values: dict[str, list[Tensor]]
 
     def holds(self, state: State, kinds: Sequence[str], some: list[int] | None) -> bool:
-        """Whether nobody has written to them since, and no others are asked for."""
-        return (
-            self.owner is state
-            and self.writes == writes()
-            and self.kinds == kinds
-            and self.some == some
-        )
+        """Whether these are asked for."""
+        return self.owner is state and self.kinds == kinds and self.some == some
 
 
 @dataclass(slots=True, eq=False)
@@ -91,7 +89,7 @@ class Batch:
     shapes: list[torch.Size | None] = field(default_factory=list)
     layout: tuple[Tensor, Tensor] | None = None  # None: for those that take lists
     packed: dict[str, Packed] = field(default_factory=dict)
-    found: Found | None = None  # in the last step, if their states tell of changes
+    found: Memo = field(default_factory=Memo)  # a Found: by the last step, until one is written to
     lr: tuple[float, Tensor] = (
         math.nan,
         torch.empty(0, device="cpu"),
@@ -118,6 +116,15 @@ class Plan:
             and all(batch.params[0].device == batch.device for batch in self.batches)
             and self.generation == leaves.generation()
         )
+
+    def packed_indices(self) -> dict[int, Tensor]:
+        """By the parameters' ids the indices that are views into a batch's packed ones."""
+        return {
+            id(param): index
+            for batch in self.batches
+            if batch.layout is not None
+            for param, index in zip(batch.params, batch.indices, strict=True)
+        }
 
 
 @dataclass(slots=True, eq=False)
@@ -202,7 +209,7 @@ def make_call(batch: Batch, state: State, group: dict[str, Any]) -> Call | None:
         some = [i for i, grad in enumerate(grads) if grad is not None]
     kinds = ("step", "exp_avg", "exp_avg_sq", *batch.scales)
     kinds += ("max_exp_avg_sq",) if group["amsgrad"] else ()
-    found = batch.found
+    found: Found | None = batch.found.value
     if found is not None and not found.holds(state, kinds, some):
         found = None
     if found is None and not all(map(state.get, batch.params)):
@@ -237,8 +244,11 @@ def _find(batch: Batch, state: State, kinds: Sequence[str], some: list[int] | No
             f"switched on after the first step, and a checkpoint has to be one of AdamW; build the "
             f"optimizer anew with the options it is to have"
         ) from None
-    found = Found(state, writes(), kinds, some, states, values)
-    batch.found = found if all_tell(state, states) else None
+    found = Found(state, kinds, some, states, values)
+    # One that is missing is looked for again; what is no Entry, or in no States, tells nothing.
+    entries = map(state.get, batch.params)
+    if type(state) is States and all(type(entry) is Entry and entry for entry in entries):
+        batch.found.keep(found)
     return found
 
 

@@ -12,6 +12,7 @@ from fishkern.names import some
 from fishkern.optim.checkpoint import MOMENTS, check_mask
 from fishkern.optim.cohorts import transfer
 from fishkern.optim.roles import check_unsharded, group_owners, index_of, leaf_owner
+from fishkern.optim.states import Entry
 from fishkern.selection.masks import SparseMask
 
 Groups = list[dict[str, Any]]
@@ -62,14 +63,14 @@ def remasked(
             f"handle.set_mask(new_mask, optimizer), which makes them anew"
         )
     check_mask(new, groups, unlisted)
-    moved = {}
+    moved: dict[Tensor, dict[str, Any]] = {}
     for group in groups:
         for name, param in zip(group["param_names"], group["params"], strict=True):
             before, after = (index_of(name, mask, unlisted) for mask in (old, new))
             entry = state.get(param)
             if not entry or (before is None and after is None):
                 continue
-            moved[param] = _moved(entry, param, before, after)
+            moved[param] = Entry(_moved(entry, param, before, after))
     return moved
 
 
@@ -147,7 +148,7 @@ def exchange_leaves(
             if entry:
                 device = after.device
                 positions = [m.get(owner, none).to(device) for m in (old, new)]
-                state[after] = transfer(entry, *positions)
+                state[after] = Entry(transfer(entry, *positions))
             pairs.append((name_now, after))
         if group is groups[0]:
             pairs += [(name, named[name]) for owner, name in current.items() if owner not in known]

@@ -1,4 +1,4 @@
-"""An optimizer's states, which tell when somebody has written to them.
+"""An optimizer's states, and what was found in them as long as nobody writes to one.
 
 Checkpoint libraries, offloading and users may exchange a state or a tensor in it between any two
 steps. Looking for that takes longer than the update of a small tensor; being told costs nothing.
@@ -6,31 +6,42 @@ steps. Looking for that takes longer than the update of a small tensor; being to
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+import weakref
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from torch import Tensor
+from torch.utils._pytree import MappingKey, register_pytree_node
 
-_writes = 0
+D = TypeVar("D", bound=dict[Any, Any])
+
+_kept: weakref.WeakSet[Memo] = weakref.WeakSet()
 
 
-def writes() -> int:
-    """A number that grows whenever an entry of any ``States`` or ``Entry`` may have changed."""
-    return _writes
+class Memo:
+    """Keeps something until an entry of any ``States`` or ``Entry`` is written."""
+
+    def __init__(self) -> None:
+        self.value: Any = None
+
+    def keep(self, value: Any) -> None:
+        """``value`` is this, and None again from the next write on."""
+        self.value = value
+        _kept.add(self)
 
 
 def _telling(method: Callable[..., Any]) -> Callable[..., Any]:
     def write(self: Any, *args: Any, **kwargs: Any) -> Any:
-        global _writes
-        _writes += 1
+        while _kept:
+            _kept.pop().value = None
         return method(self, *args, **kwargs)
 
     return write
 
 
-def _telling_class(cls: type) -> type:
-    """A dict's subclass whose every writing method is counted."""
+def _telling_class(cls: type[D]) -> type[D]:
+    """Let every method of a dict's subclass that writes to it end what memos keep."""
     for name in (
         *("__setitem__", "__delitem__", "__ior__", "clear", "pop", "popitem", "setdefault"),
         "update",
@@ -43,17 +54,42 @@ def _telling_class(cls: type) -> type:
 class Entry(dict[str, Any]):
     """One parameter's state."""
 
+    def __reduce__(self) -> Any:
+        # What is saved of it alone can be read with weights_only=True.
+        return OrderedDict, (), None, None, iter(self.items())
+
 
 @_telling_class
 class States(defaultdict[Tensor, dict[str, Any]]):
-    """The states by parameters; others may put in plain dicts, which tell nothing."""
+    """The states by parameters; others may put in dicts of other kinds, which tell nothing."""
 
     @classmethod
-    def of(cls, states: Mapping[Tensor, dict[str, Any]]) -> States:
+    def of(cls, states: Mapping[Tensor, Any]) -> States:
         """The same states, each of which tells."""
-        return cls(Entry, {param: Entry(entry) for param, entry in states.items()})
+        pairs = states.items()
+        return cls(Entry, {p: Entry(entry) if type(entry) is dict else entry for p, entry in pairs})
 
 
-def all_tell(states: object, entries: Iterable[dict[str, Any]]) -> bool:
-    """Whether ``writes()`` grows before any of these can change."""
-    return type(states) is States and all(type(entry) is Entry for entry in entries)
+def _flat(own: dict[Any, Any]) -> tuple[list[Any], list[Any]]:
+    return list(own.values()), list(own)
+
+
+def _flat_with_keys(own: dict[Any, Any]) -> tuple[list[Any], list[Any]]:
+    return [(MappingKey(key), value) for key, value in own.items()], list(own)
+
+
+# Whoever maps functions over nested dicts finds the tensors in these, too.
+register_pytree_node(
+    Entry,
+    _flat,
+    lambda values, keys: Entry(zip(keys, values, strict=True)),
+    serialized_type_name="fishkern.optim.Entry",
+    flatten_with_keys_fn=_flat_with_keys,
+)
+register_pytree_node(
+    States,
+    _flat,
+    lambda values, keys: States(Entry, zip(keys, values, strict=True)),
+    serialized_type_name="fishkern.optim.States",
+    flatten_with_keys_fn=_flat_with_keys,
+)

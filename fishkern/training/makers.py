@@ -59,7 +59,7 @@ def made(x: Tensor) -> Made | None:
         return None
     tensors, columns = found
     # Without their graphs: that the maker's is there is the maker's business.
-    return Made(node.name(), [t.detach() if t.requires_grad else t for t in tensors], columns)
+    return Made(node.name(), [tensor.detach() for tensor in tensors], columns)
 
 
 def gathered(x: Tensor, columns: Tensor | None) -> Tensor:

@@ -277,6 +277,26 @@ def test_columns_that_do_not_come_out_as_they_are_are_kept(monkeypatch):
     test_other_inputs_are_kept("otherwise", 3)
 
 
+def test_a_frozen_norm_may_be_let_go_between_forward_and_backward():
+    """As sharding libraries free the memory of modules that have done their forward."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(I, I), nn.LayerNorm(I), nn.Linear(I, O))
+    for name, param in model.named_parameters():
+        param.requires_grad_(name.endswith("weight") and not name.startswith("1"))
+    x = torch.randn(N, T, I)
+    mask = SparseMask({n: torch.arange(0, I * O, 7) for n in ("0.weight", "2.weight")},
+                      {"0.weight": (I, I), "2.weight": (O, I)})  # fmt: skip
+    expected = torch.autograd.grad(model(x).square().sum(), model[2].weight)[0]
+    leaf = dict(train_only(model, mask).named_parameters())["2.fishkern_leaves.weight"]
+    for values in (torch.zeros(I), torch.empty(0)):
+        for _ in range(2):  # in the first forward it is found out how
+            loss = model(x).square().sum()
+        held, model[1].weight.data = model[1].weight.data, values
+        (found,) = torch.autograd.grad(loss, leaf)
+        model[1].weight.data = held
+        assert_matches(found, expected.flatten()[mask["2.weight"].long()].double(), terms=N * T)
+
+
 def test_an_empty_batch_decides_nothing():
     model, x = Made(*MAKERS["gelu"]), torch.randn(N, T, I)
     train_only(model, mask_of(model, 3))
