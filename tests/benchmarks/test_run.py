@@ -176,6 +176,9 @@ def test_contenders_alternate(monkeypatch):
     calls = []
     runs = {name: lambda name=name: calls.append(name) for name in "abc"}
     times = alternate(runs, "cpu", 0, min_rounds=4)
+    assert calls[-24:] == list("aabbcc") * 4  # the first of each pair is not counted
+    monkeypatch.setattr("benchmarks.harness.BRIEF", 0.0)
+    alternate(runs, "cpu", 0, min_rounds=4)
     assert calls[-12:] == list("abc") * 4
     assert [len(seconds) for seconds in times.values()] == [4, 4, 4]
 
