@@ -12,6 +12,7 @@ optimizer.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import os
@@ -120,6 +121,13 @@ def storages(tensors: Iterable[Tensor | None]) -> dict[int, int]:
                 dense = (tensor._indices(), tensor._values())
             found += [part.untyped_storage() for part in dense]
     return {storage.data_ptr(): storage.nbytes() for storage in found if storage.nbytes()}
+
+
+def give_back() -> None:
+    """Memory that is free goes back to the system, where malloc is glibc's."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def tensors_of(model: nn.Module) -> list[Tensor]:

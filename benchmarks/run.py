@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import gc
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from benchmarks.harness import (
     time_metrics,
 )
 from benchmarks.machine import RESULTS, describe
-from benchmarks.memory import peak_mib
+from benchmarks.memory import give_back, peak_mib
 
 SECONDS = {"tiny": 0.2, "quick": 8.0, "full": 90.0}  # to spend on the rounds of one config
 
@@ -61,18 +62,31 @@ def measure(
         for name in case.contenders:
             recorder.add(case.name, name, config, "missing", str(reason))
         return
-    for name, build in case.contenders.items():
+    refused: set[str] = set()
+
+    @contextmanager
+    def noted(name: str) -> Iterator[None]:
         try:
-            case.gate(config, device, name)
-            runs[name] = build(workload)
+            yield
         except (Missing, Wrong) as reason:
             recorder.add(case.name, name, config, type(reason).__name__.lower(), str(reason))
+            refused.add(name)
         except Exception as error:  # whatever a peer raises is a row
             if name == case.own:
                 raise
             text = f"{type(error).__name__}: {error}"
             recorder.add(case.name, name, config, "failed", text.splitlines()[0][:200])
+            refused.add(name)
+
+    for name in case.contenders:
+        with noted(name):
+            case.gate(config, device, name)
         gc.collect()
+    give_back()  # else the first to be built would get what the gates have left, in pieces
+    for name, build in case.contenders.items():
+        if name not in refused:
+            with noted(name):
+                runs[name] = build(workload)
     if runs:
         times = alternate(runs, device, seconds, case.min_rounds)
         metrics = [
