@@ -9,6 +9,7 @@ from __future__ import annotations
 import weakref
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -33,8 +34,9 @@ class Memo:
 
 def _telling(method: Callable[..., Any]) -> Callable[..., Any]:
     def write(self: Any, *args: Any, **kwargs: Any) -> Any:
-        while _kept:
-            _kept.pop().value = None
+        with suppress(KeyError):  # another thread may take the last one
+            while _kept:
+                _kept.pop().value = None
         return method(self, *args, **kwargs)
 
     return write
