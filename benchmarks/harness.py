@@ -141,31 +141,31 @@ def alternate(runs: Mapping[str, Run], device: str, seconds: float, min_rounds: 
     tens of MB where that was an optimizer of all weights. That is paid by a call that is not
     counted.
     """
-    repeats = {name: enough(run, device) for name, run in runs.items()}
-    brief = {name for name, run in runs.items() if timed(run, device, 1) < BRIEF}
+    found = {name: enough(run, device) for name, run in runs.items()}
     times: Times = {name: [] for name in runs}
     end = time.perf_counter() + seconds
     for done in range(MOST_ROUNDS):
         if done >= min_rounds and time.perf_counter() > end:
             break
         for name, run in runs.items():
-            if name in brief:
+            repeats, once = found[name]
+            if once < BRIEF:
                 run()
-            times[name].append(timed(run, device, repeats[name]))
+            times[name].append(timed(run, device, repeats))
     return times
 
 
-def enough(run: Run, device: str) -> int:
-    """How many calls take the shortest time that is measured, once they take what they do later.
+def enough(run: Run, device: str) -> tuple[int, float]:
+    """How many calls take the shortest time that is measured, and one of them later on.
 
     The first calls compile, fill caches and get pages.
     """
     for _ in range(WARMUPS):
         timed(run, device, 1)
     repeats = 1
-    while repeats * timed(run, device, repeats) < SHORTEST:
+    while repeats * (once := timed(run, device, repeats)) < SHORTEST:
         repeats *= 2
-    return repeats
+    return repeats, once
 
 
 def timed(run: Run, device: str, repeats: int) -> float:
