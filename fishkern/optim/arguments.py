@@ -13,6 +13,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from fishkern.optim.quantized import check_state_dtype
 from fishkern.optim.roles import UNLISTED
 from fishkern.selection.masks import SparseMask
+from fishkern.training.steps import are_only_hooks, before_step
 
 
 def unwatched_step(step: Callable[..., Any]) -> Callable[..., Any]:
@@ -29,14 +30,15 @@ def unwatched_step(step: Callable[..., Any]) -> Callable[..., Any]:
     def unwatched(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return uncompiled(self, *args, **kwargs)
-        seen = (
+        if (
             self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
-            or _global_optimizer_pre_hooks
-            or _global_optimizer_post_hooks
+            or not are_only_hooks(_global_optimizer_pre_hooks, _global_optimizer_post_hooks)
             or torch.autograd.profiler._is_profiler_enabled
-        )
-        return (watched if seen else step)(self, *args, **kwargs)
+        ):
+            return watched(self, *args, **kwargs)
+        before_step(self)
+        return step(self, *args, **kwargs)
 
     uncompiled = torch._disable_dynamo(unwatched)  # type: ignore[attr-defined]
     unwatched.hooked = True  # type: ignore[attr-defined]

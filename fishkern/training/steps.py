@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import weakref
 import zlib
-from collections.abc import Iterator
-from typing import Any, Protocol
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -16,6 +15,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
+from torch.utils.hooks import RemovableHandle
 
 from fishkern.names import some
 from fishkern.training import leaves
@@ -37,11 +37,23 @@ _followed: weakref.WeakSet[Any] = weakref.WeakSet()
 _unstepped: weakref.WeakSet[Any] = weakref.WeakSet()  # whose leaves have not made a step yet
 
 
+class _Look(NamedTuple):
+    """Which handles' leaves an optimizer held when it had these parameters."""
+
+    params: list[int]
+    generation: int
+    holding: weakref.WeakSet[Any]
+
+
+_looks: weakref.WeakKeyDictionary[Optimizer, _Look] = weakref.WeakKeyDictionary()
+
+
 def follow(handle: Followed) -> None:
     """Let this handle's weights follow its leaves after each optimizer's step."""
     _register_hooks()
     _followed.add(handle)
     _unstepped.add(handle)
+    _looks.clear()
 
 
 def followed() -> set[Any]:
@@ -53,43 +65,68 @@ def forget(handle: Followed) -> None:
     """Nothing is done any more after steps."""
     _followed.discard(handle)
     _unstepped.discard(handle)
+    _looks.clear()
 
 
-@functools.cache  # once, and not before anything is attached: every optimizer's step pays for it
+_hooks: list[RemovableHandle] = []
+
+
 def _register_hooks() -> None:
-    register_optimizer_step_pre_hook(_before_step)
-    register_optimizer_step_post_hook(_after_step)
+    """Once, and not before anything is attached: every optimizer's step pays for it."""
+    if not _hooks:
+        _hooks.append(register_optimizer_step_pre_hook(_before_step))
+        _hooks.append(register_optimizer_step_post_hook(_after_step))
 
 
-def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+def are_only_hooks(before: Mapping[int, Any], after: Mapping[int, Any]) -> bool:
+    """Whether torch's hooks of all optimizers' steps are none but these here.
+
+    An optimizer that writes the weights of leaves itself may then call ``before_step`` alone.
+    """
+    return len(before) + len(after) <= len(_hooks)
+
+
+def before_step(optimizer: Optimizer) -> None:
     """Refuse what would train nothing, and gradients that the ranks do not share."""
-    if torch.compiler.is_compiling():
-        return
     if leaves.any_removed():
         for group in optimizer.param_groups:
             for param in group["params"]:
                 leaves.home_of(param)  # refuses those
     for handle in list(_unstepped):
         _check_built_after(optimizer, handle)
-        if _holds(optimizer, handle) and compare_ranks(dict(handle.named_parameters())):
+        if handle in _holding(optimizer) and compare_ranks(dict(handle.named_parameters())):
             _unstepped.discard(handle)
+
+
+def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    if not torch.compiler.is_compiling():
+        before_step(optimizer)
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """After any optimizer's step the weights follow the leaves that it holds."""
     if getattr(optimizer, "writes_weights_of_leaves", False):
         return
-    for handle in [handle for handle in _followed if _holds(optimizer, handle)]:
+    for handle in list(_holding(optimizer)):
         handle.sync()
 
 
-def _held(optimizer: Optimizer) -> set[int]:
-    return {id(param) for group in optimizer.param_groups for param in group["params"]}
+def _held(optimizer: Optimizer) -> list[int]:
+    return [id(param) for group in optimizer.param_groups for param in group["params"]]
 
 
-def _holds(optimizer: Optimizer, handle: Followed) -> bool:
-    held = _held(optimizer)
-    return any(id(leaf) in held for _, leaf in handle.named_parameters())
+def _holding(optimizer: Optimizer) -> weakref.WeakSet[Any]:
+    """The handles whose leaves the optimizer holds; looked for where something has changed."""
+    params, look = _held(optimizer), _looks.get(optimizer)
+    if look is None or look.params != params or look.generation != leaves.generation():
+        held = set(params)
+        holding = weakref.WeakSet(
+            handle
+            for handle in _followed
+            if any(id(leaf) in held for _, leaf in handle.named_parameters())
+        )
+        look = _looks[optimizer] = _Look(params, leaves.generation(), holding)
+    return look.holding
 
 
 def _check_built_after(optimizer: Optimizer, handle: Followed) -> None:
@@ -98,7 +135,7 @@ def _check_built_after(optimizer: Optimizer, handle: Followed) -> None:
     Raises:
         RuntimeError: Names the weights.
     """
-    held = _held(optimizer)
+    held = set(_held(optimizer))
     stale = [
         name.replace(leaves.CHILD + ".", "")
         for name, leaf in handle.named_parameters()
