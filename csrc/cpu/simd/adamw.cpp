@@ -23,7 +23,7 @@ constexpr int64_t kBlock = 128;
 // So many entries ahead of its use a cache line is asked for: far enough to cover the latency of
 // memory, near enough not to drop out of the first-level cache. The state is read in order, which
 // the processor foresees by itself but for the start of each page.
-constexpr int64_t kAhead = 64;
+constexpr int64_t kAhead = 96;
 constexpr int64_t kStateAhead = 256;
 
 // Nothing from the standard library's headers: an inline function of theirs would be compiled once
