@@ -69,7 +69,7 @@ def _devices() -> Iterator[tuple[str, str]]:
 
 def _backends() -> Iterator[tuple[str, str]]:
     for name in _dispatch.BACKENDS:
-        reason = _attempt(_why_not, name)
+        reason = _attempt(_dispatch.why_not, name)
         yield name, f"not available: {reason}" if reason else "available"
 
 
@@ -87,14 +87,10 @@ def _settings() -> Iterator[tuple[str, str]]:
             yield name, os.environ[name]
 
 
-def _why_not(backend: str) -> str:
-    return _dispatch.backend(backend)[1]
-
-
 def _attempt(function: Callable[..., object], *args: str) -> str:
-    """The function's result, or the error in its place: a report has to reach its end."""
+    """The function's result (none: empty), or the error: a report has to reach its end."""
     try:
-        return str(function(*args))
+        return str(function(*args) or "")
     except (RuntimeError, ValueError) as error:
         return str(error)
 

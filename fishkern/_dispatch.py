@@ -36,9 +36,9 @@ def backend(name: str) -> tuple[ModuleType | None, str]:
     return (None, reason) if reason is not None else (module, "")
 
 
-def available() -> dict[str, str | None]:
-    """Each backend with None where it works, else with the reason why not and the remedy."""
-    return {name: backend(name)[1] or None for name in BACKENDS}
+def why_not(name: str) -> str | None:
+    """The reason why the backend cannot be used here, and the remedy; None where it can."""
+    return backend(name)[1] or None
 
 
 def choose(op: str, device_type: str) -> Callable[..., Any]:
@@ -57,13 +57,16 @@ def chosen(op: str, device_type: str) -> str:
 
 
 def _explicit() -> str | None:
-    name = _forced or os.environ.get("FISHKERN_BACKEND") or None
-    return name if name is None else _known(name)
+    if _forced:
+        return _forced
+    name = os.environ.get("FISHKERN_BACKEND")
+    return _known(name, "FISHKERN_BACKEND is set, but ") if name else None
 
 
-def _known(name: str) -> str:
+def _known(name: str, source: str = "") -> str:
     if name not in BACKENDS:
-        raise ValueError(f"no backend is named {name!r}: choose one of {', '.join(BACKENDS)}")
+        known = ", ".join(BACKENDS)
+        raise ValueError(f"{source}no backend is named {name!r}: choose one of {known}")
     return name
 
 

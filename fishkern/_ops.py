@@ -35,7 +35,7 @@ SCHEMAS = {
         "int[] stride, int[] padding, int[] dilation, int groups, "
         "Tensor(c!)? sample_scores=None, Tensor? mask=None) -> ()"
     ),
-    # indices: flat positions in the matrix [rows, columns]. None: all of them.
+    # indices: flat positions in the matrix [rows, columns]. rows or columns of None: all of them.
     "linear_selected_grad_": (
         "(Tensor(a!) selected_grad, Tensor x, Tensor grad_out, Tensor indices, *, "
         "Tensor? rows=None, Tensor? columns=None) -> ()"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fishkern.names import by_canonical_name, named_parameters
+from fishkern.tensors import is_sharded
 from fishkern.training.leaves import CHILD
 from fishkern.training.train_only import attached
 
@@ -88,7 +89,7 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     found = {n: p.detach() for n, p in named_parameters(model).items() if CHILD not in n.split(".")}
     found |= by_canonical_name(_persistent_buffers(model), "the buffers")
     for name, tensor in found.items():
-        if hasattr(tensor, "placements"):
+        if is_sharded(tensor):
             raise ValueError(
                 f"{name!r} is sharded (DTensor): pass the model gathered, or unsharded"
             )

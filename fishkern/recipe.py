@@ -130,6 +130,8 @@ def create_fish_optimizer(
     Raises:
         ValueError: As from ``estimate_fisher``, ``select`` and ``FishSparseAdamW``; a wrong
             argument is refused before any work is done.
+        TypeError: An argument of another type than above, or one that ``FishSparseAdamW`` does not
+            have.
         RuntimeError: ``train_only`` is attached to the model or to a part of it.
 
     Example:
@@ -239,8 +241,7 @@ def _check(
         raise TypeError(f"density is {density!r}: pass a number")
     if not 0 <= density <= 1:
         raise ValueError(f"density is {density}: it is a share from 0 to 1, 5 % being 0.05")
-    if num_samples is not None and num_samples < 1:
-        raise ValueError(f"num_samples is {num_samples}: score at least one sample")
+    samples.check_num_samples(num_samples)
     if warmup_steps is not None and warmup_steps < 0:
         raise ValueError(f"warmup_steps is {warmup_steps}: pass 0 for none, or None to choose")
     if scope not in SCOPES:

@@ -28,7 +28,7 @@ def backend(request):
 
     Where there is a CUDA device, the triton backend's tests make their tensors on it.
     """
-    reason = _dispatch.available()[request.param]
+    reason = _dispatch.why_not(request.param)
     if reason is not None:
         pytest.skip(f"{request.param}: {reason}")
     on_gpu = request.param == "triton" and torch.cuda.is_available()
@@ -39,7 +39,7 @@ def backend(request):
 @pytest.fixture
 def native():
     """Run the test on the C++ kernels; a skip that says why where there are none."""
-    reason = _dispatch.available()["native"]
+    reason = _dispatch.why_not("native")
     if reason is not None:
         pytest.skip(f"native: {reason}")
     with _dispatch.use_backend("native"):

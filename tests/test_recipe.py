@@ -145,7 +145,8 @@ def test_warm_up_runs_no_hooks_of_the_caller():
     [
         ({"density": 5}, ValueError, "density is 5"),
         ({"density": None}, TypeError, "density is None"),
-        ({"num_samples": 0}, ValueError, "num_samples is 0"),
+        ({"num_samples": 0}, ValueError, "num_samples is 0: pass at least 1, or None for all"),
+        ({"num_samples": "8"}, TypeError, "num_samples is '8': pass an int, or None for all"),
         ({"warmup_steps": -1}, ValueError, "warmup_steps is -1"),
         ({"scope": "layer"}, ValueError, "scope is 'layer'.*global, tensor"),
         ({"lr": -1.0}, ValueError, "-1.0"),

@@ -18,7 +18,12 @@ void masked_adamw_(const TensorList& params, const TensorList& grads, const Tens
                    const std::optional<Tensor>& found_inf) {
   if (skipped(found_inf)) return;
   const size_t n = params.size();
-  check_lists(n, {&grads, &indices, &exp_avgs, &exp_avg_sqs}, {&max_exp_avg_sqs, &masters});
+  check_lists(n,
+              {{"grads", grads},
+               {"indices", indices},
+               {"exp_avgs", exp_avgs},
+               {"exp_avg_sqs", exp_avg_sqs}},
+              {{"max_exp_avg_sqs", max_exp_avg_sqs}, {"masters", masters}});
   Steps step(
       steps, n,
       {scalar(lr, "lr"), beta1, beta2, eps, weight_decay, grad_divisor(grad_scale, maximize)});

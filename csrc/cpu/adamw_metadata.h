@@ -194,15 +194,21 @@ inline Positions positions_of(TensorRef indices, int64_t count, size_t i) {
   return {indices.const_data_ptr(), index_bytes(indices)};
 }
 
+struct NamedList {
+  const char* name;
+  const TensorList& list;
+};
+
 // One entry for each of n parameters in every list; optional ones may be empty.
-inline void check_lists(size_t n, std::initializer_list<const TensorList*> lists,
-                        std::initializer_list<const TensorList*> optional) {
-  for (const TensorList* list : lists) {
-    STD_TORCH_CHECK(list->size() == n, "lists of different lengths: ", list->size(), " and ", n);
+inline void check_lists(size_t n, std::initializer_list<NamedList> lists,
+                        std::initializer_list<NamedList> optional) {
+  for (const auto& [name, list] : lists) {
+    STD_TORCH_CHECK(list.size() == n, name, " has ", list.size(), " entries, params ", n,
+                    ": pass one for each parameter");
   }
-  for (const TensorList* list : optional) {
-    STD_TORCH_CHECK(list->empty() || list->size() == n, "an optional list has ", list->size(),
-                    " entries, params ", n);
+  for (const auto& [name, list] : optional) {
+    STD_TORCH_CHECK(list.empty() || list.size() == n, name, " has ", list.size(),
+                    " entries, params ", n, ": pass one for each parameter, or none");
   }
 }
 

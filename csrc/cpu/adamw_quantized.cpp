@@ -47,8 +47,14 @@ void masked_adamw_quantized_(const TensorList& params, const TensorList& grads,
                              const std::optional<Tensor>& found_inf) {
   if (skipped(found_inf)) return;
   const size_t n = params.size();
-  check_lists(n, {&grads, &indices, &exp_avgs, &exp_avg_sqs},
-              {&exp_avg_scales, &exp_avg_sq_scales, &masters});
+  check_lists(n,
+              {{"grads", grads},
+               {"indices", indices},
+               {"exp_avgs", exp_avgs},
+               {"exp_avg_sqs", exp_avg_sqs}},
+              {{"exp_avg_scales", exp_avg_scales},
+               {"exp_avg_sq_scales", exp_avg_sq_scales},
+               {"masters", masters}});
   Steps step(
       steps, n,
       {scalar(lr, "lr"), beta1, beta2, eps, weight_decay, grad_divisor(grad_scale, maximize)});

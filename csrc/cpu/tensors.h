@@ -8,6 +8,7 @@
 #include <array>
 #include <memory>
 #include <new>
+#include <string>
 #include <vector>
 
 #include "cpu/simd/operand.h"
@@ -59,11 +60,19 @@ inline Operand operand(const torch::stable::Tensor& tensor) {
           .stride = tensor.stride(2)};
 }
 
+template <class Sizes>
+std::string shape_text(const Sizes& sizes) {
+  std::string text = "[";
+  for (const int64_t size : sizes) text += (text.size() > 1 ? ", " : "") + std::to_string(size);
+  return text + "]";
+}
+
 inline void check_shape(const char* op, const char* name, const torch::stable::Tensor& tensor,
                         const std::vector<int64_t>& shape) {
   const auto sizes = tensor.sizes();
   STD_TORCH_CHECK(std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end()), name,
-                  " has the wrong shape: see fishkern.functional.", op);
+                  " has shape ", shape_text(sizes), ", expected ", shape_text(shape),
+                  ": see fishkern.functional.", op);
 }
 
 inline float* accumulator(const char* op, const char* name, const torch::stable::Tensor& tensor,

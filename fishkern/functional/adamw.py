@@ -33,7 +33,8 @@ def masked_adamw_(
 ) -> None:
     """One AdamW step on the selected entries of many tensors, in one call, in place.
 
-    With p the selected values and g the selected gradient of tensor i, in float32::
+    With p the selected values and g the selected gradient of tensor i, in float32, or in float64
+    for float64 parameters::
 
         p = p (1 - lr weight_decay)
         m = beta1 m + (1 - beta1) g
@@ -49,8 +50,8 @@ def masked_adamw_(
         grads: For each its gradient, of the parameter's shape, or ``[k_i]``, already selected.
         indices: For each the selected flat positions ``[k_i]``, int32 or int64, ascending. An
             empty list beside moments of the parameter's size selects every entry.
-        exp_avgs: First moments ``[k_i]``, float32.
-        exp_avg_sqs: Second moments ``[k_i]``, float32.
+        exp_avgs: First moments ``[k_i]``, float32; float64 too, which is for float64 parameters.
+        exp_avg_sqs: Second moments ``[k_i]``, of the same dtype.
         steps: The number of this step for each tensor, counted from 1; a list of numbers or 0-d
             tensors, or one 1-D float32 tensor.
         lr: Learning rate, a number or a 0-d tensor.
@@ -58,8 +59,8 @@ def masked_adamw_(
         eps: Added to the denominator.
         weight_decay: Decoupled decay, of the selected entries only.
         max_exp_avg_sqs: For AMSGrad: running maxima of the second moments, ``[k_i]`` each.
-        masters: Selected values in float32, ``[k_i]`` each (an empty tensor where a parameter has
-            none): they are updated, and the parameters get their rounding.
+        masters: Selected values in the moments' dtype, ``[k_i]`` each (an empty tensor where a
+            parameter has none): they are updated, and the parameters get their rounding.
         maximize: Ascend instead of descend.
         grad_scale: 0-d float32: gradients are divided by it first.
         found_inf: 0-d float32: nothing at all is changed if it is not zero.

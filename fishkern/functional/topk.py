@@ -17,7 +17,8 @@ def topk_indices(scores: Sequence[Tensor], k: int) -> list[Tensor]:
     to the lower position, so that the result does not depend on the device or thread count.
 
     Args:
-        scores: float32 tensors of any shape, without NaN.
+        scores: float32 tensors of any shape, without NaN; float64 too on the "reference" backend
+            (``fishkern.use_backend``), not in the C++ kernel.
         k: How many, from 0 to the number of all scores.
 
     Returns:
@@ -25,7 +26,8 @@ def topk_indices(scores: Sequence[Tensor], k: int) -> list[Tensor]:
 
     Raises:
         ValueError: ``k`` is negative or larger than the number of scores.
-        TypeError: A tensor is not float32.
+        TypeError: A tensor is neither float32 nor float64.
+        RuntimeError: A tensor is float64, and the C++ kernel runs.
 
     Example:
         >>> import torch

@@ -6,7 +6,8 @@ module through its rule and hands over its tensors. For parameters that no rule 
 ``elementwise`` follows what a module's own forward multiplies and adds (``put_in``: where it meets
 an activation), and ``rerun`` runs a module again for each sample's gradients
 (``find_reruns``: which modules can be).
-Who consumes all that - Fisher accumulation, the selected gradient - is not known here.
+Rules say how squares (``fisher_``) and selected gradients follow from what is handed over; who
+consumes it - scoring, ``train_only`` - is not known here.
 """
 
 from fishkern.interception import conv, embedding, linear, norm  # register their rules

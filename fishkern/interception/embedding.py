@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fishkern.functional import embedding_fisher_
 from fishkern.interception.rules import NO_MASKS, Rule, Selection, register_rule
+from fishkern.tensors import wide_dtype
 
 
 class EmbeddingRule(Rule):
@@ -59,7 +60,7 @@ class EmbeddingRule(Rule):
             return grad_out.new_zeros(len(selection.indices))
         in_order = ids.sort().values
         place = torch.searchsorted(in_order, ids)
-        wide = torch.promote_types(grad_out.dtype, torch.float32)
+        wide = wide_dtype(grad_out)
         sums = torch.ops.aten.embedding_dense_backward(
             grad_out.reshape(-1, width).to(wide), place, len(ids), -1, False
         )
@@ -72,7 +73,7 @@ class EmbeddingRule(Rule):
         return torch.where(counts, selected, 0.0)
 
     def sample_grads(self, module: nn.Module, x: Tensor, grad_out: Tensor) -> dict[str, Tensor]:
-        """A dense ``[N, V, H]``, mostly zeros: scoring does without."""
+        """A dense ``[N, V, H]``, mostly zeros: made only to be added to uses of other kinds."""
         embedding = _embedding(module)
         rows, size = embedding.num_embeddings, x.shape[0]
         sample = torch.arange(size, device=x.device).unsqueeze(1)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from fishkern.functional import linear_fisher_, norm_fisher_
 from fishkern.interception.rules import NO_MASKS, Rule, Selection, register_rule
 from fishkern.interception.selected import matrix_grad, select_matrix
+from fishkern.tensors import wide_dtype
 
 
 class LinearRule(Rule):
@@ -133,7 +133,7 @@ def bias_fisher_(
 def _selected_sums(selection: Selection, grad_out: Tensor) -> Tensor:
     """``sum_nt grad_out`` of the selected features, in float32 at least."""
     g, indices = grad_out.reshape(-1, grad_out.shape[-1]), selection.indices
-    wide = torch.promote_types(g.dtype, torch.float32)
+    wide = wide_dtype(g)
     if len(indices) > g.shape[1] // 8:
         return g.sum(0, dtype=wide)[indices]
     return g.index_select(1, indices).sum(0, dtype=wide)  # less to read

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fishkern.functional import norm_fisher_
 from fishkern.interception.rules import NO_MASKS, Rule, original_class, register_rule
+from fishkern.tensors import wide_dtype
 
 
 class ScaleRule(Rule):
@@ -49,7 +50,7 @@ class ScaleRule(Rule):
         """Both parameters in one pass over grad_out; x_hat in float32 at least."""
         x_hat = None
         if "weight" in fishers:
-            wide = torch.promote_types(x.dtype, torch.float32)
+            wide = wide_dtype(x)
             x_hat = self.x_hat(module, x.to(wide)).flatten(2)
         weight, bias = (
             None if (fisher := fishers.get(name)) is None else fisher.view(-1)
@@ -182,7 +183,7 @@ class BatchNormRule(Rule):
 
     def _averages(self, module: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
         """The mean, and one over the standard deviation, in float32 at least."""
-        wide, eps = torch.promote_types(like.dtype, torch.float32), module.eps
+        wide, eps = wide_dtype(like), module.eps
         mean, var = (module._buffers[f"running_{name}"] for name in ("mean", "var"))
         assert mean is not None
         assert var is not None

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fishkern.interception.capture import Site, autocast, differentiable_once
+from fishkern.tensors import wide_dtype
 
 #: Called in the backward pass with (use, grad_out).
 UseConsumer = Callable[["Use", Tensor], None]
@@ -61,7 +62,7 @@ class Use:
         Returns:
             ``[N, *param.shape]`` each, in float32 at least.
         """
-        size, wide = len(grad_out), torch.promote_types(grad_out.dtype, torch.float32)
+        size, wide = len(grad_out), wide_dtype(grad_out)
         if repeated := self._repeated():
             grad_out = grad_out.sum([1 + axis for axis in repeated], dtype=wide)
         grad, value = grad_out.to(wide).reshape(size, *self.value.shape), self.value

@@ -30,6 +30,7 @@ from fishkern.interception.capture import (
 )
 from fishkern.interception.elementwise import RULE
 from fishkern.interception.rules import original_class
+from fishkern.tensors import wide_dtype
 
 #: Called in the backward pass with (call, grad_out).
 CallConsumer = Callable[["Call", Tensor], None]
@@ -224,7 +225,7 @@ class Call:
             grads, found = self._chunk(inputs, own, grad_out[part])
             if output is not None and not _close(found, output[part]):
                 raise RerunError("its output for a sample alone is not the one in the batch")
-            wide = torch.promote_types(grad_out.dtype, torch.float32)
+            wide = wide_dtype(grad_out)
             yield start, {name: grad.to(wide) for name, grad in grads.items()}
 
     def _chunk(

@@ -12,6 +12,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from fishkern.tensors import wide_dtype
+
 _RULES: dict[str, Rule] = {}
 
 NO_MASKS: Mapping[str, Tensor | None] = MappingProxyType({})
@@ -148,7 +150,7 @@ class Rule:
         self, module: nn.Module, fishers: Mapping[str, Tensor], x: Tensor, grad_out: Tensor
     ) -> dict[str, Tensor]:
         """The squares of ``sample_grads`` of the parameters in ``fishers``, in its dtypes."""
-        wide = torch.promote_types(grad_out.dtype, torch.float32)
+        wide = wide_dtype(grad_out)
         x = x.to(wide) if x.is_floating_point() else x
         grads = self.sample_grads(module, x, grad_out.to(wide))
         return {name: grads[name].to(fisher.dtype).square() for name, fisher in fishers.items()}

@@ -13,7 +13,9 @@ from fishkern.backends.packed import raised
 from fishkern.optim.cohorts import Sorting
 from fishkern.optim.plans import Batch, Call, Packed
 from fishkern.optim.quantized import SCALES
-from fishkern.training.leaves import is_sharded, mark_settled
+from fishkern.optim.states import AVERAGES, MOMENTS
+from fishkern.tensors import is_sharded
+from fishkern.training.leaves import mark_settled
 
 
 def run_call(
@@ -99,8 +101,7 @@ def _run_lists(call: Call, amsgrad: bool, options: tuple[Any, ...]) -> None:
 def _run_sorted(call: Call, sorting: Sorting, amsgrad: bool, options: tuple[Any, ...]) -> None:
     """One call for several step counts: all entries sorted by them, and put back."""
     batch, steps = call.batch, _packed(call, "step")
-    kinds = ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if amsgrad else [])]
-    states = [_packed(call, kind) for kind in kinds]
+    states = [_packed(call, kind) for kind in (MOMENTS if amsgrad else AVERAGES)]
     counts, chosen = steps, None
     by_param: Sequence[Any] = call.grads
     if call.some is not None:
@@ -155,6 +156,7 @@ def _lr(batch: Batch, lr: float | Tensor, capturable: bool) -> Tensor:
         return lr
     if capturable:  # filled on the device: a graph could not copy it there
         return torch.full((), lr, dtype=torch.float64, device=batch.device)
-    if batch.lr[0] != lr:
-        batch.lr = (lr, torch.tensor(lr, dtype=torch.float64, device="cpu"))
-    return batch.lr[1]
+    held = batch.lr
+    if held is None or held[0] != lr:
+        held = batch.lr = (lr, torch.tensor(lr, dtype=torch.float64, device="cpu"))
+    return held[1]

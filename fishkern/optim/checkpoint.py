@@ -24,12 +24,9 @@ from fishkern.optim.roles import (
     index_of,
     leaf_owner,
 )
-from fishkern.optim.states import Entry
+from fishkern.optim.states import MOMENTS, Entry, Groups
 from fishkern.selection.masks import SparseMask
-from fishkern.training.leaves import is_sharded, wide_dtype
-
-Groups = list[dict[str, Any]]
-MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+from fishkern.tensors import is_sharded, wide_dtype
 
 #: What a live group has for its checkpoint's mask. torch.distributed.checkpoint takes out of a
 #: flattened checkpoint only what the live groups have a key for.
@@ -48,7 +45,7 @@ def add_masks(optimizer: Any, state_dict: dict[str, Any]) -> None:
     add_masters(state_dict, optimizer.param_groups)
     if optimizer.mask is not None:
         for group in state_dict["param_groups"]:
-            group["mask"] = pack_mask(optimizer.mask, group.get("param_names", ()))
+            group["mask"] = _pack_mask(optimizer.mask, group.get("param_names", ()))
             # Without effect here, but a stock AdamW that loads this would let its fused kernel,
             # which compares no shapes, write behind moments of selected entries alone.
             group["fused"] = None
@@ -70,7 +67,7 @@ def apart(
     return defaultdict(dict, states), mask
 
 
-def pack_mask(mask: SparseMask, names: Iterable[str]) -> dict[str, Any]:
+def _pack_mask(mask: SparseMask, names: Iterable[str]) -> dict[str, Any]:
     """The part of the mask that concerns a group, as plain data for a checkpoint.
 
     Returns:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fishkern.optim.states import Groups
 from fishkern.training import leaves
 
-Groups = list[dict[str, Any]]
 MASTER = "master"
 
 

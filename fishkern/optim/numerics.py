@@ -19,10 +19,10 @@ from torch import Tensor
 from fishkern.names import some
 from fishkern.optim.arguments import CAPTURABLE
 from fishkern.optim.calls import run_call
-from fishkern.optim.checkpoint import MOMENTS
-from fishkern.optim.plans import Call, State
+from fishkern.optim.plans import Call
 from fishkern.optim.quantized import moment_of
-from fishkern.training import leaves
+from fishkern.optim.states import MOMENTS, State
+from fishkern.tensors import gather, scatter
 
 OURS = {"fishkern", "torch"}  # whose frames lie between a training loop and a step
 SHARDED = (
@@ -74,7 +74,7 @@ class Touched:
         if self.has_master:
             self.param.copy_(self.values)
         if self.index is not None:
-            leaves.scatter(self.weight, self.index, self.values)
+            scatter(self.weight, self.index, self.values)
         else:
             self.weight.copy_(self.values.view_as(self.weight))
         for key, value in self.saved.items():
@@ -181,7 +181,7 @@ def _touched(call: Call, group: dict[str, Any], state: State) -> list[Touched]:
 def _entries(tensor: Tensor, index: Tensor | None) -> Tensor:
     if index is None:
         return tensor.detach().flatten().clone()
-    return leaves.gather(tensor, index, tensor.dtype)
+    return gather(tensor, index, tensor.dtype)
 
 
 def _refuse(touched: Sequence[Touched]) -> None:

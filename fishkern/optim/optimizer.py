@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fishkern.optim.arguments import as_groups, check_options, unwatched_step
+from fishkern.optim.arguments import as_groups, check_options
 from fishkern.optim.calls import run_call
 from fishkern.optim.checkpoint import (
     MASK_ELSEWHERE,
@@ -38,6 +38,7 @@ from fishkern.optim.roles import (
 )
 from fishkern.optim.scaler import scaling
 from fishkern.optim.states import States
+from fishkern.optim.wrapping import without_idle_hooks
 from fishkern.selection.masks import SparseMask
 
 __all__ = ["FishSparseAdamW"]
@@ -214,8 +215,8 @@ class FishSparseAdamW(torch.optim.Optimizer):
         self.state.update(states)
         self._follow(new_mask)
 
-    def check_leaves(self, new_mask: SparseMask, mask: SparseMask, held: list[Tensor]) -> None:
-        """Refuse what ``exchange_leaves`` could not do; for ``handle.set_mask``.
+    def _check_leaves(self, new_mask: SparseMask, mask: SparseMask, held: list[Tensor]) -> None:
+        """Refuse what ``_exchange_leaves`` could not do; for ``handle.set_mask``.
 
         Raises:
             TypeError: The new mask is none.
@@ -225,7 +226,7 @@ class FishSparseAdamW(torch.optim.Optimizer):
         check_leaves(self.param_groups, own, new_mask, mask, held)
 
     @torch.no_grad()
-    def exchange_leaves(self, new_mask: SparseMask, named: dict[str, Tensor]) -> None:
+    def _exchange_leaves(self, new_mask: SparseMask, named: dict[str, Tensor]) -> None:
         """Train a model's new leaves in the place of its old ones; for ``handle.set_mask``."""
         assert self._mask is not None
         exchange_leaves(self.param_groups, self.state, self._mask, new_mask, named)
@@ -268,7 +269,7 @@ class FishSparseAdamW(torch.optim.Optimizer):
             if isinstance(param, Tensor) and param.requires_grad:
                 check_trainable(names[i] if names else f"parameter {i}", param)
 
-    @unwatched_step
+    @without_idle_hooks
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the selected entries of every parameter that has a gradient.
 

@@ -12,8 +12,7 @@ and gradients - and not seven.
 
 from __future__ import annotations
 
-import math
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, repeat
 from operator import is_, is_not
@@ -24,11 +23,9 @@ from torch import Tensor
 
 from fishkern.optim.cohorts import COHORTS, Sorting
 from fishkern.optim.quantized import scales_of, zero_scales
-from fishkern.optim.states import Entry, Memo, States
+from fishkern.optim.states import AVERAGES, MOMENTS, Entry, Memo, State, States
+from fishkern.tensors import is_sharded, wide_dtype
 from fishkern.training import leaves
-from fishkern.training.leaves import is_sharded
-
-State = MutableMapping[Tensor, dict[str, Any]]
 
 
 @dataclass(slots=True, eq=False)
@@ -90,10 +87,7 @@ class Batch:
     layout: tuple[Tensor, Tensor] | None = None  # None: for those that take lists
     packed: dict[str, Packed] = field(default_factory=dict)
     found: Memo = field(default_factory=Memo)  # a Found: by the last step, until one is written to
-    lr: tuple[float, Tensor] = (
-        math.nan,
-        torch.empty(0, device="cpu"),
-    )  # the last one, as the op wants it
+    lr: tuple[float, Tensor] | None = None  # the last one, and as the op wants it
 
 
 @dataclass(slots=True, eq=False)
@@ -174,7 +168,7 @@ def make_plan(
         wide = index is not None and index.dtype == torch.int64  # packed indices are of one dtype
         several = COHORTS in state.get(param, ())
         held = None if home is None else home.weight.dtype  # of leaves' packed copies
-        key = (device, sharded, leaves.wide_dtype(param), held, wide, several)
+        key = (device, sharded, wide_dtype(param), held, wide, several)
         batch = batches.setdefault(key, Batch(device, sharded, state_dtype, scales))
         nothing = every.setdefault(device, torch.empty(0, dtype=torch.int32, device=device))
         batch.params.append(param)
@@ -207,8 +201,7 @@ def make_call(batch: Batch, state: State, group: dict[str, Any]) -> Call | None:
     some = None
     if not all(map(is_not, grads, repeat(None))):
         some = [i for i, grad in enumerate(grads) if grad is not None]
-    kinds = ("step", "exp_avg", "exp_avg_sq", *batch.scales)
-    kinds += ("max_exp_avg_sq",) if group["amsgrad"] else ()
+    kinds = ("step", *(MOMENTS if group["amsgrad"] else AVERAGES), *batch.scales)
     found: Found | None = batch.found.value
     if found is not None and not found.holds(state, kinds, some):
         found = None
@@ -299,7 +292,7 @@ def _build_states(batch: Batch, state: State, group: dict[str, Any]) -> None:
     parameter that is given without a mask gets one when it has a gradient, as in torch.
     """
     refuse_capture(batch.params)
-    keys = ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if group["amsgrad"] else ()))
+    keys = MOMENTS if group["amsgrad"] else AVERAGES
     for param, shape in zip(batch.params, batch.shapes, strict=True):
         wanted = shape is not None or param.requires_grad or param.grad is not None
         if state.get(param) or not wanted:
@@ -307,7 +300,7 @@ def _build_states(batch: Batch, state: State, group: dict[str, Any]) -> None:
         counter_device = batch.device if group["capturable"] else "cpu"
         entry = Entry(step=torch.zeros((), dtype=torch.float32, device=counter_device))
         narrow = batch.state_dtype is not torch.float32
-        dtype = batch.state_dtype if narrow else leaves.wide_dtype(param)
+        dtype = batch.state_dtype if narrow else wide_dtype(param)
         for key in keys:
             if is_sharded(param):
                 entry[key] = torch.zeros_like(param, dtype=dtype)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fishkern.functional.adamw_quantized import NARROW, dequantize_moment, scale_count
-from fishkern.training.leaves import is_sharded, wide_dtype
+from fishkern.tensors import is_sharded, wide_dtype
 
 SCALES = {"exp_avg": "exp_avg_scale", "exp_avg_sq": "exp_avg_sq_scale"}
 WIDE = "state_dtype=torch.float32"

@@ -9,17 +9,14 @@ import torch
 from torch import Tensor
 
 from fishkern.names import some
-from fishkern.optim.checkpoint import MOMENTS, check_mask
+from fishkern.optim.checkpoint import check_mask
 from fishkern.optim.cohorts import transfer
 from fishkern.optim.roles import check_unsharded, group_owners, index_of, leaf_owner
-from fishkern.optim.states import Entry
+from fishkern.optim.states import MOMENTS, Entry, Groups, State
 from fishkern.selection.masks import SparseMask
 
-Groups = list[dict[str, Any]]
-States = Mapping[Tensor, dict[str, Any]]
 
-
-def check_new_mask(mask: Any, own: SparseMask | None, groups: Groups, state: States) -> SparseMask:
+def check_new_mask(mask: Any, own: SparseMask | None, groups: Groups, state: State) -> SparseMask:
     """Refuse a change of mask that cannot be made; returns the old mask.
 
     Raises:
@@ -50,7 +47,7 @@ def check_new_mask(mask: Any, own: SparseMask | None, groups: Groups, state: Sta
 
 
 def remasked(
-    groups: Groups, state: States, old: SparseMask, new: SparseMask, unlisted: str
+    groups: Groups, state: State, old: SparseMask, new: SparseMask, unlisted: str
 ) -> dict[Tensor, dict[str, Any]]:
     """The states of an optimizer without leaves under a new mask; nothing is changed.
 
@@ -116,9 +113,8 @@ def check_leaves(
 
 
 def exchange_leaves(
-    groups: Groups, state: dict[Tensor, dict[str, Any]], old: SparseMask, new: SparseMask,
-    named: Mapping[str, Tensor],
-) -> None:  # fmt: skip
+    groups: Groups, state: State, old: SparseMask, new: SparseMask, named: Mapping[str, Tensor]
+) -> None:
     """Put a model's new leaves in the place of the old ones, with what stays of their states.
 
     A tensor without selected entries stands in its group as its frozen weight. Each group is in

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from fishkern.functional.checks import check_own_memory
 from fishkern.names import canonical_name, some, suggest
 from fishkern.selection.masks import BoundMask, SparseMask
+from fishkern.tensors import is_sharded
 from fishkern.training import leaves
 
 UNLISTED = ("error", "train", "freeze")
@@ -128,7 +129,7 @@ def admit(named: Named, mask: SparseMask, unlisted: str, owners: set[str]) -> Na
         elif name in owners:
             continue
         elif name in mask:
-            check_dense(name, param, mask)
+            _check_dense(name, param, mask)
         elif not param.requires_grad:
             continue
         else:
@@ -190,7 +191,7 @@ def check_unsharded(name: str, param: Tensor) -> None:
     Raises:
         ValueError: The parameter is a DTensor.
     """
-    if leaves.is_sharded(param):
+    if is_sharded(param):
         raise ValueError(
             f"{name} is sharded (a DTensor), but its mask has positions in the whole parameter: "
             f"train with DistributedDataParallel, or without a mask"
@@ -230,11 +231,11 @@ def check_group(group: dict[str, Any], groups: Iterable[dict[str, Any]], mask: S
     check_answered(chain.from_iterable(g.get("param_names", ()) for g in groups), mask)
     for name, param in zip(names, params, strict=True):
         if name in mask and leaf_owner(name) is None:
-            check_dense(name, param, mask)
+            _check_dense(name, param, mask)
             check_unsharded(name, param)
 
 
-def check_dense(name: str, param: Tensor, mask: SparseMask) -> None:
+def _check_dense(name: str, param: Tensor, mask: SparseMask) -> None:
     """Refuse a parameter that is not the one the mask was made for.
 
     Raises:

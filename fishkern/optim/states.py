@@ -8,12 +8,18 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from contextlib import suppress
 from typing import Any, TypeVar
 
 from torch import Tensor
 from torch.utils._pytree import MappingKey, register_pytree_node
+
+Groups = list[dict[str, Any]]  # an optimizer's, or a checkpoint's
+State = MutableMapping[Tensor, dict[str, Any]]  # an optimizer's, which need not be ``States``
+
+AVERAGES = ("exp_avg", "exp_avg_sq")
+MOMENTS = (*AVERAGES, "max_exp_avg_sq")  # with amsgrad
 
 D = TypeVar("D", bound=dict[Any, Any])
 

@@ -103,7 +103,7 @@ class FisherAccumulator:
             self.num_calls.update(site.names.values())
             if not torch.is_grad_enabled():  # so runs the forward of reentrant checkpointing
                 self.in_segments.update(site.names.values())
-            if isinstance(site.rule, EmbeddingRule):
+            if type(site.rule) is EmbeddingRule:
                 for name in site.names.values():
                     self.lookups.setdefault(name, []).append(_Use(site, x, x))
         return x
@@ -140,14 +140,14 @@ class FisherAccumulator:
             if name not in self.strays:
                 self.uses.setdefault(name, []).append(_Use(site, x, grad_out))
                 self.num_uses[name] += 1
-                if name in self.lookups and isinstance(site.rule, LinearRule):
+                if name in self.lookups and type(site.rule) is LinearRule:  # as in tied.py
                     self._consume_head(name)
         return ()
 
     @torch.no_grad()
     def _consume_head(self, name: str) -> None:
         """Square a tied head at its turn, keeping only the rows that the embedding will need."""
-        heads = [use for use in self.uses[name] if isinstance(use.site.rule, LinearRule)]
+        heads = [use for use in self.uses[name] if type(use.site.rule) is LinearRule]
         lookups = self.lookups[name]
         if len(heads) + len(lookups) < self.num_calls[name] or name in self.ready:
             return  # more to come, perhaps of another kind: hold
@@ -160,7 +160,7 @@ class FisherAccumulator:
         self.head_rows[name] = head_rows(ids, x, grad_out)
         rule, module = heads[0].site.rule, heads[0].site.module
         self.squares.add_layer(rule, module, {_local_name(heads[0].site, name): name}, x, grad_out)
-        self.uses[name] = [u for u in self.uses[name] if not isinstance(u.site.rule, LinearRule)]
+        self.uses[name] = [u for u in self.uses[name] if type(u.site.rule) is not LinearRule]
 
     def _accumulate_lookups(self, name: str) -> None:
         """``2 H E + E^2``, with H of a head that was squared before."""

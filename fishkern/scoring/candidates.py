@@ -14,6 +14,7 @@ from fishkern.interception import original_parameters
 from fishkern.names import match, named_parameters
 from fishkern.scoring.one_sample import CUT_OFF
 from fishkern.scoring.preserve import scoring_mode
+from fishkern.tensors import is_sharded
 
 
 @contextmanager
@@ -67,6 +68,6 @@ def find_candidates(model: nn.Module, params: Any) -> dict[str, nn.Parameter]:
                 f"{name!r} has dtype {param.dtype}: quantised and integer weights have no "
                 f"gradient; leave it out of params="
             )
-        if hasattr(param, "placements"):
+        if is_sharded(param):
             raise ValueError(f"{name!r} is sharded (DTensor): score the model before sharding it")
     return {name: known[name] for name in chosen}

@@ -152,6 +152,7 @@ class FisherDiagonal(Mapping[str, Tensor]):
         """Read what ``save`` wrote, onto the CPU.
 
         Raises:
+            FileNotFoundError: There is no such file.
             ValueError: The file was cut or edited, or holds something else.
         """
         scores, fields = files.load(path, "fisher")

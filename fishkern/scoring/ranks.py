@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fishkern.scoring.rescoring import Sums
-from fishkern.scoring.square_cache import split
 from fishkern.selection.masks import SparseMask
+from fishkern.selection.ranking import split
 
 __all__ = ["RankSums", "all_of", "first_of", "gathered", "rank_in"]
 

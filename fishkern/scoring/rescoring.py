@@ -10,9 +10,9 @@ from torch import Tensor
 from fishkern.batches.samples import can_slice, pick
 from fishkern.scoring.passes import Scoring
 from fishkern.scoring.sample_scores import SampleScores
-from fishkern.scoring.square_cache import split
 from fishkern.scoring.verification import require_finite
 from fishkern.selection.masks import SparseMask
+from fishkern.selection.ranking import split
 
 __all__ = ["Rescoring", "Sums"]
 

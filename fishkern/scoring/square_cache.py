@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from fishkern.interception import Rule
 from fishkern.scoring.sample_scores import SampleScores
 from fishkern.selection.masks import SparseMask
+from fishkern.selection.ranking import split
 
-__all__ = ["SquareCache", "split"]
+__all__ = ["SquareCache"]
 
 FLOAT_BYTES = 4
 
@@ -110,10 +111,3 @@ class SquareCache(SampleScores):
         for name, index in mask.items():
             self._columns[name] = slice(self._width, self._width + len(index))
             self._width += len(index)
-
-
-def split(positions: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-    """Ascending positions in a row of parts as positions in each part."""
-    ends = torch.tensor([0, *sizes]).cumsum(0)
-    cuts = torch.searchsorted(positions, ends).tolist()
-    return [positions[cuts[i] : cuts[i + 1]] - start for i, start in enumerate(ends[:-1].tolist())]

@@ -5,6 +5,9 @@ sample's own ids. So ``sum_n (H_n + E_n)^2`` is the head's score by the layer's 
 those rows, ``2 H_n E_n + E_n^2``. The head's turn comes first in the backward pass, and its
 grad_out ``[N, T, V]`` is the largest tensor there is: what is kept of it are the rows of ``H_n``
 that will be needed, ``[N, U, H]`` for the U tokens that the embedding has read.
+
+Both sides have exactly the rules of ``nn.Embedding`` and ``nn.Linear``: one derived from them may
+have its weight the other way round (``Conv1D``) or scale its gradients.
 """
 
 from __future__ import annotations
@@ -13,6 +16,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from fishkern.tensors import wide_dtype
 
 __all__ = ["HeadRows", "head_rows", "scatter_rows_"]
 
@@ -38,7 +43,7 @@ def head_rows(ids: Tensor, x: Tensor, grad_out: Tensor) -> HeadRows:
         x: The head's input ``[N, T, H]``.
         grad_out: The gradient at its output ``[N, T, V]``.
     """
-    wide = torch.promote_types(grad_out.dtype, torch.float32)
+    wide = wide_dtype(grad_out)
     ids = ids.sort(1).values
     taken = grad_out.gather(2, ids.unsqueeze(1).expand(-1, grad_out.shape[1], -1))
     return HeadRows(ids, taken.to(wide).mT @ x.to(wide))

@@ -142,6 +142,7 @@ class SparseMask(Mapping[str, Tensor]):
         """Read what ``save`` wrote, onto the CPU and bound to no model.
 
         Raises:
+            FileNotFoundError: There is no such file.
             ValueError: The file was cut or edited, or holds something else.
         """
         indices, fields = files.load(path, "mask")

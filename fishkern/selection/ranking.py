@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fishkern.functional import topk_indices
 
-__all__ = ["ORDERS", "SCOPES", "check_scores", "choose"]
+__all__ = ["ORDERS", "SCOPES", "check_scores", "choose", "split"]
 
 SCOPES = ("global", "tensor")
 ORDERS = ("largest", "smallest", "random")
@@ -97,8 +97,9 @@ def _rank(scores: Sequence[Tensor], k: int, order: str, generator: torch.Generat
         return _largest(scores, k)
     if order == "smallest":
         return _smallest(scores, k)
-    drawn = _sample(sum(score.numel() for score in scores), k, generator)
-    return _split(drawn, scores)
+    sizes = [score.numel() for score in scores]
+    parts = split(_sample(sum(sizes), k, generator), sizes)
+    return [part.to(score.device) for part, score in zip(parts, scores, strict=True)]
 
 
 def _proportional(k: int, sizes: Sequence[int]) -> list[int]:
@@ -210,13 +211,8 @@ def _sample(total: int, k: int, generator: torch.Generator) -> Tensor:
     return drawn
 
 
-def _split(positions: Tensor, scores: Sequence[Tensor]) -> list[Tensor]:
-    """Ascending positions in the concatenation as positions in each tensor, on its device."""
-    ends = torch.tensor([0, *(score.numel() for score in scores)]).cumsum(0)
+def split(positions: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """Ascending positions in a row of parts as positions in each part."""
+    ends = torch.tensor([0, *sizes]).cumsum(0)
     cuts = torch.searchsorted(positions, ends).tolist()
-    return [
-        (positions[start:stop] - offset).to(score.device)
-        for score, offset, start, stop in zip(
-            scores, ends.tolist(), cuts[:-1], cuts[1:], strict=False
-        )
-    ]
+    return [positions[cuts[i] : cuts[i + 1]] - start for i, start in enumerate(ends[:-1].tolist())]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import takewhile
 
 import torch
@@ -29,19 +29,24 @@ class _Group:
     work: float = 0.0
     dense_work: int = 0
 
-    def add(self, index: Tensor, shape: torch.Size) -> None:
-        self.selected += len(index)
-        self.entries += shape.numel()
+    @classmethod
+    def of(cls, index: Tensor, shape: torch.Size) -> _Group:
+        """Those of one tensor."""
+        group = cls(selected=len(index), entries=shape.numel())
         if len(shape) < 2 or shape.numel() == 0:
-            return
+            return group
         rows, columns = shape[0], shape.numel() // shape[0]
-        self.rows, self.columns = self.rows + rows, self.columns + columns
-        self.used_rows += _distinct(index.div(columns, rounding_mode="floor"), rows)
-        self.used_columns += _distinct(index % columns, columns)
+        group.rows, group.columns, group.dense_work = rows, columns, rows * columns
+        group.used_rows = _distinct(index.div(columns, rounding_mode="floor"), rows)
+        group.used_columns = _distinct(index % columns, columns)
         if len(index):
             _, _, work = plan_restricted(index.cpu(), (rows, columns))
-            self.work += work * rows * columns
-        self.dense_work += rows * columns
+            group.work = work * rows * columns
+        return group
+
+    def add(self, other: _Group) -> None:
+        for field in fields(self):
+            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
 
 
 def summarize(indices: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> str:
@@ -53,14 +58,16 @@ def summarize(indices: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -
     their dense gradients that ``train_only`` is expected to do, on a CPU. The share of the columns
     is that of the layers' inputs which it keeps for the backward pass.
     """
+    # Planning a matrix's work takes by far the longest: each tensor is looked at once.
+    tensors = {name: _Group.of(index, shapes[name]) for name, index in indices.items()}
     total = _Group()
-    for name, index in indices.items():
-        total.add(index, shapes[name])
+    for group in tensors.values():
+        total.add(group)
     blocks = [{"total": total}]
     for key in (_shortened(layer_of, indices), type_of):
         groups: dict[str, _Group] = {}
-        for name, index in indices.items():
-            groups.setdefault(key(name), _Group()).add(index, shapes[name])
+        for name, group in tensors.items():
+            groups.setdefault(key(name), _Group()).add(group)
         blocks.append(groups)
     width = max(len(label) for groups in blocks for label in groups)
     lines = [

@@ -9,7 +9,8 @@ from torch import nn
 
 from fishkern.names import suggest
 from fishkern.selection.masks import SparseMask
-from fishkern.training.leaves import CHILD, is_sharded
+from fishkern.tensors import is_sharded
+from fishkern.training.leaves import CHILD
 
 
 def check_model(model: nn.Module, handle: Any) -> None:
@@ -94,7 +95,7 @@ def check_unshared(
         RuntimeError: Names the weight.
     """
     for handle in others:
-        theirs = handle.ids()
+        theirs = handle._ids()
         for name, param in params.items():
             whole = theirs.get(id(param))
             if whole or (whole is not None and len(mask.get(name, ()))):

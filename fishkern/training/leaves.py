@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from fishkern.tensors import gather, is_sharded, scatter
+
 CHILD = "fishkern_leaves"  # the name of the child module that holds an owner's leaves
 INDICES = "_indices"
 SETTLED = "_settled"
@@ -105,11 +107,6 @@ def _follow_each_other(parts: Sequence[Tensor], base: Tensor) -> bool:
         part._base is base and part.storage_offset() == start
         for part, start in zip(parts, starts, strict=False)
     )
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether it is a DTensor; asked by attribute, since importing DTensor takes long."""
-    return hasattr(tensor, "placements")
 
 
 def any_removed() -> bool:
@@ -285,24 +282,3 @@ def _all_equal(values: Tensor, settled: Tensor, leaf: Tensor) -> bool:
 
 def _stamp(leaf: Tensor, weight: Tensor) -> tuple[int, int, int]:
     return id(weight), weight._version, leaf._version
-
-
-def gather(tensor: Tensor, indices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The entries at flat positions."""
-    if tensor.is_contiguous():
-        return tensor.detach().view(-1).index_select(0, indices).to(dtype)
-    return tensor.detach().take(indices.long()).to(dtype)
-
-
-def wide_dtype(weight: Tensor) -> torch.dtype:
-    """That of a weight's leaf and moments: float32, or float64 for a float64 weight."""
-    return torch.promote_types(weight.dtype, torch.float32)
-
-
-def scatter(tensor: Tensor, indices: Tensor, values: Tensor) -> None:
-    """Write entries at flat positions, in the tensor's dtype."""
-    values = values.detach().to(tensor.dtype)
-    if tensor.is_contiguous():
-        tensor.data.view(-1)[indices] = values
-    else:
-        tensor.data.put_(indices.long(), values)

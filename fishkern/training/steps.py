@@ -18,6 +18,7 @@ from torch.optim.optimizer import (
 from torch.utils.hooks import RemovableHandle
 
 from fishkern.names import some
+from fishkern.tensors import is_sharded
 from fishkern.training import leaves
 
 
@@ -93,8 +94,7 @@ def before_step(optimizer: Optimizer) -> None:
             for param in group["params"]:
                 leaves.home_of(param)  # refuses those
     for handle in list(_unstepped):
-        _check_built_after(optimizer, handle)
-        if handle in _holding(optimizer) and compare_ranks(dict(handle.named_parameters())):
+        if handle in _holding(optimizer) and _compare_ranks(dict(handle.named_parameters())):
             _unstepped.discard(handle)
 
 
@@ -111,15 +111,18 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         handle.sync()
 
 
-def _held(optimizer: Optimizer) -> list[int]:
-    return [id(param) for group in optimizer.param_groups for param in group["params"]]
-
-
 def _holding(optimizer: Optimizer) -> weakref.WeakSet[Any]:
-    """The handles whose leaves the optimizer holds; looked for where something has changed."""
-    params, look = _held(optimizer), _looks.get(optimizer)
+    """The handles whose leaves the optimizer holds; looked for where something has changed.
+
+    Raises:
+        RuntimeError: It was built before leaves were attached that have made no step yet.
+    """
+    params = [id(param) for group in optimizer.param_groups for param in group["params"]]
+    look = _looks.get(optimizer)
     if look is None or look.params != params or look.generation != leaves.generation():
         held = set(params)
+        for handle in list(_unstepped):
+            _check_built_after(optimizer, held, handle)
         holding = weakref.WeakSet(
             handle
             for handle in _followed
@@ -129,13 +132,12 @@ def _holding(optimizer: Optimizer) -> weakref.WeakSet[Any]:
     return look.holding
 
 
-def _check_built_after(optimizer: Optimizer, handle: Followed) -> None:
+def _check_built_after(optimizer: Optimizer, held: set[int], handle: Followed) -> None:
     """Refuse an optimizer of weights that are frozen now, and whose leaves it does not have.
 
     Raises:
         RuntimeError: Names the weights.
     """
-    held = set(_held(optimizer))
     stale = [
         name.replace(leaves.CHILD + ".", "")
         for name, leaf in handle.named_parameters()
@@ -151,7 +153,7 @@ def _check_built_after(optimizer: Optimizer, handle: Followed) -> None:
         )
 
 
-def compare_ranks(named: dict[str, nn.Parameter]) -> bool:
+def _compare_ranks(named: dict[str, nn.Parameter]) -> bool:
     """Whether all ranks that train the same leaves have the same gradients; True if it is settled.
 
     It is not where all gradients are zero, as in the first step that a checkpoint library makes.
@@ -160,7 +162,7 @@ def compare_ranks(named: dict[str, nn.Parameter]) -> bool:
         RuntimeError: They have other gradients: their weights would drift apart. Or the leaves are
             sharded.
     """
-    if any(map(leaves.is_sharded, named.values())):
+    if any(map(is_sharded, named.values())):
         raise RuntimeError(leaves.SHARDED)
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return True

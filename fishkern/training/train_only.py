@@ -12,8 +12,9 @@ from torch import nn
 from fishkern.interception import ATTACHMENT, exchange_class, original_class, rule_for
 from fishkern.names import named_parameters, some
 from fishkern.selection.masks import SparseMask
+from fishkern.tensors import gather, is_sharded, wide_dtype
 from fishkern.training.checks import check_mask, check_model, check_unshared
-from fishkern.training.leaves import CHILD, SHARDED, Leaves, gather, is_sharded, wide_dtype
+from fishkern.training.leaves import CHILD, SHARDED, Leaves
 from fishkern.training.owners import owner_members
 from fishkern.training.remasking import carry_over
 from fishkern.training.report import report
@@ -44,6 +45,7 @@ def train_only(model: nn.Module, mask: SparseMask, *, unlisted: str = "error") -
         The handle; also ``fishkern.attached(model)``.
 
     Raises:
+        TypeError: ``mask`` is not a SparseMask.
         ValueError: The mask does not fit the model, or the model is a wrapper.
         RuntimeError: The model, a part of it, or a model that shares a weight is attached already.
 
@@ -177,7 +179,7 @@ class Handle:
             >>> [(name, p.numel()) for name, p in handle.named_parameters()]
             [('fishkern_leaves.weight', 1)]
         """
-        if not hasattr(optimizer, "exchange_leaves"):
+        if not hasattr(optimizer, "_exchange_leaves"):
             raise TypeError(
                 f"the optimizer is a {type(optimizer).__name__}, whose moments would go to other "
                 f"entries: train with fishkern.FishSparseAdamW (pass what a wrapper holds), or "
@@ -192,7 +194,7 @@ class Handle:
                 f'{whole[0]!r} is trained whole (unlisted="train"): leave it out of the new mask'
             )
         old = self._all_leaves()
-        optimizer.check_leaves(new_mask, self._mask, list(old.values()))
+        optimizer._check_leaves(new_mask, self._mask, list(old.values()))
         if new_mask == self._mask:
             return
         self.sync()
@@ -203,7 +205,7 @@ class Handle:
         self._attach()
         carry_over(self._all_leaves(), old, new_mask, before)
         self.sync()
-        optimizer.exchange_leaves(new_mask, named_parameters(self._model))
+        optimizer._exchange_leaves(new_mask, named_parameters(self._model))
 
     def remove(self) -> None:
         """Synchronise, then leave the model as it was, with the trained weights in it."""
@@ -273,7 +275,7 @@ class Handle:
             and (leaf := child._parameters.get(local)) is not None
         }
 
-    def ids(self) -> dict[int, bool]:
+    def _ids(self) -> dict[int, bool]:
         """The ids of all weights, and whether each is trained whole."""
         return {id(m._parameters.get(k)): n in self._keep_trainable for m, k, n in self._dense}
 

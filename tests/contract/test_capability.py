@@ -32,7 +32,7 @@ def run(capability, *arguments):
 @pytest.fixture(scope="module", autouse=True)
 def here():
     """What this machine can do."""
-    if reason := _dispatch.available()["native"]:
+    if reason := _dispatch.why_not("native"):
         pytest.skip(reason)
     return native.cpu_capability()
 

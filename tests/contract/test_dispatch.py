@@ -72,7 +72,7 @@ def test_unknown_backend_is_refused(monkeypatch):
     with pytest.raises(ValueError, match=message), fishkern.use_backend("cuda"):
         pass
     monkeypatch.setenv("FISHKERN_BACKEND", "cuda")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"FISHKERN_BACKEND is set, but {message}"):
         functional.topk_indices(SCORES, 1)
 
 

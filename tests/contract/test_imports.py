@@ -29,7 +29,7 @@ LAYERS = [
     {"_ops"},
     {"_dispatch"},
     {"backends"},
-    {"names", "files"},
+    {"names", "files", "tensors"},
 ]
 # Inside a package, where there is an order; what is not named comes last.
 INNER_LAYERS = {
@@ -53,7 +53,7 @@ INNER_LAYERS = {
         {"optimizer"},
         {"numerics", "remasking"},
         {"calls", "checkpoint"},
-        {"arguments", "plans", "scaler"},
+        {"arguments", "plans", "scaler", "wrapping"},
     ],
     "interception": [
         {"find_reruns"},

@@ -12,7 +12,7 @@ from tests.support import op_inputs
 
 @pytest.mark.parametrize("op", _ops.SCHEMAS)
 def test_native_schema_is_the_same_text(op):
-    if reason := _dispatch.available()["native"]:
+    if reason := _dispatch.why_not("native"):
         pytest.skip(reason)
     ours = str(getattr(torch.ops.fishkern, op).default._schema)
     native = str(getattr(torch.ops.fishkern_native, op).default._schema)

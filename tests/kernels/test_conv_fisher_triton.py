@@ -12,7 +12,7 @@ from tests.support.tolerances import assert_matches
 @pytest.fixture
 def triton_conv():
     conv = pytest.importorskip("fishkern.backends.triton.conv")
-    if (reason := _dispatch.available()["triton"]) is not None:
+    if (reason := _dispatch.why_not("triton")) is not None:
         pytest.skip(f"triton: {reason}")
     return conv
 

@@ -270,3 +270,11 @@ def test_embedding_fisher_refuses(case):
         embedding_fisher_(**arguments)
     for name, tensor in before.items():
         assert torch.equal(arguments[name], tensor)
+
+
+def test_embedding_fisher_itself_says_which_shape_it_expects(native):
+    """The functional door refuses these before; this is for callers of the op itself."""
+    ids, grad_out = torch.ones(4, 5, dtype=torch.int64), torch.ones(4, 6, 3)
+    message = r"grad_out has shape \[4, 6, 3\], expected \[4, 5, 3\]"
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.fishkern.embedding_fisher_(torch.zeros(6, 3), ids, grad_out)

@@ -14,7 +14,7 @@ norm = pytest.importorskip("fishkern.backends.triton.norm")
 launch = pytest.importorskip("fishkern.backends.triton.launch")
 Config = linear.Config
 
-reason = _dispatch.available()["triton"]
+reason = _dispatch.why_not("triton")
 pytestmark = pytest.mark.skipif(reason is not None, reason=f"triton: {reason}")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

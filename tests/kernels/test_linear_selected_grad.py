@@ -268,7 +268,7 @@ def test_tiles_do_not_depend_on_threads(native):
 
 
 def test_tiles_in_triton_may_be_of_any_shape_and_split():
-    reason = _dispatch.available()["triton"]
+    reason = _dispatch.why_not("triton")
     if reason is not None:
         pytest.skip(f"triton: {reason}")
     from fishkern.backends.triton.linear import Config

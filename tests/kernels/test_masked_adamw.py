@@ -346,9 +346,9 @@ def test_masked_adamw_refuses_an_index(backend, bad, index_dtype):
 @pytest.mark.parametrize("backend_name", ["reference", "native"])
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.float64])
 def test_masked_adamw_float64(backend_name, state_dtype):
-    from fishkern._dispatch import available, use_backend
+    from fishkern._dispatch import use_backend, why_not
 
-    if reason := available()[backend_name]:
+    if reason := why_not(backend_name):
         pytest.skip(f"{backend_name}: {reason}")
     case = Case((9, 8), 30, torch.float64, steps=10)
     case.m, case.v, case.v_max = (t.to(state_dtype) for t in (case.m, case.v, case.v_max))

@@ -14,7 +14,7 @@ from fishkern.functional import masked_adamw_
 
 @pytest.fixture(autouse=True)
 def _native():
-    if reason := _dispatch.available()["native"]:
+    if reason := _dispatch.why_not("native"):
         pytest.skip(f"native: {reason}")
 
 
@@ -58,6 +58,24 @@ def test_masked_adamw_same_bits_for_every_instruction_set_and_thread_count():
     assert len(set(results.values())) == 1, results
 
 
+@pytest.mark.parametrize(
+    ("lists", "message"),
+    [
+        ({"indices": 2}, "indices has 2 entries, params 1: pass one for each parameter"),
+        ({"masters": 2}, "masters has 2 entries, params 1: pass one for each parameter, or none"),
+    ],
+    ids=str,
+)
+def test_masked_adamw_names_the_list_of_another_length(lists, message):
+    """The functional door refuses these before; this is for callers of the op itself."""
+    every = {"params": 1, "grads": 1, "indices": 1, "exp_avgs": 1, "exp_avg_sqs": 1}
+    every |= {"max_exp_avg_sqs": 0, "masters": 0, **lists}
+    args = [[torch.ones(3) for _ in range(count)] for count in every.values()]
+    steps, lr = torch.ones(1), torch.tensor(0.1)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.fishkern_native.masked_adamw_(*args, steps, lr, 0.9, 0.99, 1e-8, 0.0)
+
+
 # All memory but the indices ends where a page that must not be touched begins.
 GUARDED = """
 import ctypes, mmap, torch
@@ -75,7 +93,7 @@ def step(param, grad, m, v, v_max, index):
         [param], [grad], [index], [m], [v], [v_max], [], torch.ones(1), torch.tensor(0.1),
         0.9, 0.99, 1e-8, 0.1)
 from fishkern import _dispatch
-_dispatch.available()
+_dispatch.why_not("native")
 torch.manual_seed(0)
 for k in range(1, 36):
     for dtype in (torch.float32, torch.bfloat16):

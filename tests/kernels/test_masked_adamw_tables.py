@@ -10,7 +10,7 @@ from fishkern.backends.packed import by_lists
 adamw = pytest.importorskip("fishkern.backends.triton.adamw")
 tables = pytest.importorskip("fishkern.backends.triton.adamw_tables")
 
-reason = _dispatch.available()["triton"]
+reason = _dispatch.why_not("triton")
 pytestmark = pytest.mark.skipif(reason is not None, reason=f"triton: {reason}")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPES = [(3, 5), (7,), (4, 4), (2, 6)]

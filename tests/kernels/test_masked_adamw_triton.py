@@ -13,7 +13,7 @@ adamw = pytest.importorskip("fishkern.backends.triton.adamw")
 adamw_tables = pytest.importorskip("fishkern.backends.triton.adamw_tables")
 launch = pytest.importorskip("fishkern.backends.triton.launch")
 
-reason = _dispatch.available()["triton"]
+reason = _dispatch.why_not("triton")
 pytestmark = pytest.mark.skipif(reason is not None, reason=f"triton: {reason}")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -118,7 +118,7 @@ MUTANTS = (
     Mutant(
         15,
         "a shard is scored as if it were the parameter",
-        instead(CANDIDATES, 'if hasattr(param, "placements"):', "if False:"),
+        instead(CANDIDATES, "if is_sharded(param):", "if False:"),
         "test_pitfall_15_shards_are_refused",
     ),
     Mutant(

@@ -37,7 +37,7 @@ class NoHostReads(TorchDispatchMode):
 @pytest.fixture
 def no_host_reads(monkeypatch):
     """Steps inside read no value. The compiled kernel, as a GPU's, takes scalars as tensors."""
-    reason = _dispatch.available()["native"]
+    reason = _dispatch.why_not("native")
     if reason is not None:
         pytest.skip(f"native: {reason}")
 

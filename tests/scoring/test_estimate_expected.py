@@ -81,7 +81,7 @@ def test_every_weight_under_an_adapter():
 def test_backends(backend_name):
     from fishkern import _dispatch, use_backend
 
-    if reason := _dispatch.available()[backend_name]:
+    if reason := _dispatch.why_not(backend_name):
         pytest.skip(reason)
     model, x = Scores(5, 4), torch.randn(6, 5)
     with use_backend(backend_name):

@@ -22,7 +22,7 @@ HIDDEN, VOCAB = 64, 500
 
 @pytest.fixture(params=["native", "reference"])
 def kernels(request):
-    reason = _dispatch.available()[request.param]
+    reason = _dispatch.why_not(request.param)
     if reason is not None:
         pytest.skip(f"{request.param}: {reason}")
     with _dispatch.use_backend(request.param):
@@ -106,7 +106,7 @@ def test_lora_takes_less_than_a_copy_of_a_layers_input(kernels, shape):
 
 @pytest.mark.parametrize("shape", [(8, 32), (32, 128)], ids=str)
 def test_rows_and_scales_are_squared_without_a_copy_of_their_input(shape):
-    if reason := _dispatch.available()["native"]:
+    if reason := _dispatch.why_not("native"):
         pytest.skip(f"native: {reason}")
     grad_out, x_hat = torch.randn(*shape, HIDDEN), torch.randn(*shape, HIDDEN)
     tokens, fisher = ids(*shape), torch.zeros(VOCAB, HIDDEN)

@@ -7,8 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from fishkern import SparseMask, estimate_fisher
+from fishkern.interception import register_rule, rules
+from fishkern.interception.embedding import EmbeddingRule
 from fishkern.interception.linear import LinearRule
 from fishkern.scoring.tied import head_rows
 from tests.support.oracle import assert_exact, fisher_oracle, squared_error
@@ -218,6 +221,56 @@ def test_a_head_that_is_also_an_activations_factor():
             return super().forward(ids) * self.emb.weight[:, 0]
 
     assert_exact(Model(), [batch(), batch()])
+
+
+class Transposed(nn.Module):
+    """An embedding, and as the last layer ``x @ W`` with its weight ``W [V, features]``."""
+
+    def __init__(self, features, head=False):
+        super().__init__()
+        self.emb, self.wide = nn.Embedding(V, features), nn.Linear(features, V)
+        self.last = Conv1D(features, V)
+        self.last.weight = self.emb.weight
+        if head:  # and the other way round as well
+            self.head = nn.Linear(features, V, bias=False)
+            self.head.weight = self.emb.weight
+
+    def forward(self, ids):
+        x = self.emb(ids)
+        x = self.head(x) if hasattr(self, "head") else x
+        return self.last(self.wide(x).tanh())
+
+
+@pytest.mark.parametrize(("features", "head"), [(H, False), (V, False), (V, True)])
+@pytest.mark.parametrize("n", [1, N, T])
+def test_an_embedding_tied_to_a_transposed_layer(features, head, n):
+    data = [(torch.randint(V, (n, T)), torch.randn(n, T, features)) for _ in range(2)]
+    scores = assert_exact(Transposed(features, head), data)
+    assert set(scores.routes.values()) == {"fused"}
+
+
+class Doubled(nn.Embedding):
+    """An embedding that scales its rows, as Gemma's does."""
+
+    def forward(self, ids):
+        return 2 * super().forward(ids)
+
+
+class DoubledRule(EmbeddingRule):
+    def sample_grads(self, module, x, grad_out):
+        return super().sample_grads(module, x, 2 * grad_out)
+
+    def fisher_(self, module, fishers, x, grad_out, **kwargs):
+        super().fisher_(module, fishers, x, 2 * grad_out, **kwargs)
+
+
+def test_a_tied_embedding_with_a_rule_of_its_own(monkeypatch):
+    monkeypatch.setattr(rules, "_RULES", dict(rules._RULES))
+    register_rule(Doubled, DoubledRule())
+    model = Tied()
+    model.emb.__class__ = Doubled
+    scores = assert_exact(model, [batch(), batch()])
+    assert set(scores.routes.values()) == {"fused"}
 
 
 def test_t5_scores_its_shared_embedding_in_three_places():

@@ -11,7 +11,7 @@ from fishkern.selection.masks import SparseMask
 @pytest.fixture(params=["reference", "native"])
 def kernel(request):
     """Plain torch and the compiled kernel; the interpreter is too slow for hundreds of steps."""
-    reason = _dispatch.available()[request.param]
+    reason = _dispatch.why_not(request.param)
     if reason is not None:
         pytest.skip(f"{request.param}: {reason}")
     with _dispatch.use_backend(request.param):

@@ -70,14 +70,27 @@ def test_leaves_taken_away_are_followed_no_more(attached_model):
 def test_optimizers_without_leaves_are_looked_through_once(attached_model, monkeypatch):
     """Each other optimizer's step pays for what is done here, also of models never attached."""
     model, handle = attached_model
-    own, strange = torch.optim.SGD(handle.parameters(), lr=0.1), torch.optim.SGD([other()], lr=0.1)
-    assert step_follows(own, model, handle)
-    strange.step()
+    optimizers = [torch.optim.SGD([other()], lr=0.1), torch.optim.SGD(handle.parameters(), lr=0.1)]
+    for optimizer in optimizers:
+        optimizer.step()  # the second's is no step of the leaves: they have no gradient
+    assert step_follows(optimizers[1], model, handle)
     looks = []
-    monkeypatch.setattr(type(handle), "named_parameters", lambda self: looks.append(self))
-    strange.step()
-    own.step()
-    assert looks == []
+    monkeypatch.setattr(
+        type(handle), "named_parameters", lambda self: looks.append(self) or iter(())
+    )
+    for optimizer in optimizers:
+        optimizer.step()
+    assert not looks
+
+
+def test_nor_do_they_pay_for_leaves_that_never_step(attached_model, monkeypatch):
+    _, handle = attached_model
+    optimizer = torch.optim.SGD([other()], lr=0.1)
+    optimizer.step()
+    looks = []
+    monkeypatch.setattr(type(handle), "named_parameters", looks.append)
+    optimizer.step()
+    assert not looks
 
 
 @pytest.mark.parametrize("watched", [False, True])
