@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from fishkern.training.steps import are_only_hooks, before_step
 
@@ -29,7 +28,7 @@ def without_idle_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
         if (
             self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
-            or not are_only_hooks(_global_optimizer_pre_hooks, _global_optimizer_post_hooks)
+            or not are_only_hooks()
             or torch.autograd.profiler._is_profiler_enabled
         ):
             return with_hooks(self, *args, **kwargs)

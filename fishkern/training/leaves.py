@@ -157,6 +157,10 @@ class Leaves(nn.Module):
         self.register_buffer(name + INDICES, indices, persistent=False)
         settled = leaf.detach().to(weight.dtype, copy=True)
         self.register_buffer(name + SETTLED, settled, persistent=False)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Also where somebody assigns another parameter to a leaf's name."""
+        super().register_parameter(name, param)
         self._register()
 
     def home(self, name: str) -> Home:
@@ -228,8 +232,9 @@ class Leaves(nn.Module):
         global _generation
         _generation += 1
         for name, leaf in self._parameters.items():
-            _homes[leaf] = (weakref.ref(self), name)
-            _removed.pop(leaf, None)
+            if leaf is not None:
+                _homes[leaf] = (weakref.ref(self), name)
+                _removed.pop(leaf, None)
 
     def unregister(self) -> None:
         """The leaves are detached: nothing follows them any more."""

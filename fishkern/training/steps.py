@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import weakref
 import zlib
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.optimizer import (
     Optimizer,
+    _global_optimizer_post_hooks,
+    _global_optimizer_pre_hooks,
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
-from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakIdKeyDictionary
 
 from fishkern.names import some
 from fishkern.tensors import is_sharded
@@ -25,8 +27,8 @@ from fishkern.training import leaves
 class Followed(Protocol):
     """A handle, as far as steps concern it."""
 
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The leaves, by their names."""
+    def _all_leaves(self) -> dict[str, nn.Parameter]:
+        """The leaves, by the names of their weights."""
         ...
 
     def sync(self) -> None:
@@ -38,15 +40,17 @@ _followed: weakref.WeakSet[Any] = weakref.WeakSet()
 _unstepped: weakref.WeakSet[Any] = weakref.WeakSet()  # whose leaves have not made a step yet
 
 
-class _Look(NamedTuple):
+@dataclass(slots=True, eq=False)
+class _Look:
     """Which handles' leaves an optimizer held when it had these parameters."""
 
     params: list[int]
     generation: int
     holding: weakref.WeakSet[Any]
+    is_checked: bool = False  # that it was not built before attaching
 
 
-_looks: weakref.WeakKeyDictionary[Optimizer, _Look] = weakref.WeakKeyDictionary()
+_looks: WeakIdKeyDictionary = WeakIdKeyDictionary()  # by optimizers
 
 
 def follow(handle: Followed) -> None:
@@ -69,32 +73,45 @@ def forget(handle: Followed) -> None:
     _looks.clear()
 
 
-_hooks: list[RemovableHandle] = []
+_own_hooks: set[int] = set()  # their keys among torch's
 
 
 def _register_hooks() -> None:
-    """Once, and not before anything is attached: every optimizer's step pays for it."""
-    if not _hooks:
-        _hooks.append(register_optimizer_step_pre_hook(_before_step))
-        _hooks.append(register_optimizer_step_post_hook(_after_step))
+    """Not before anything is attached: every optimizer's step pays for them."""
+    if not _own_hooks & _global_optimizer_pre_hooks.keys():
+        _own_hooks.add(register_optimizer_step_pre_hook(_before_step).id)
+    if not _own_hooks & _global_optimizer_post_hooks.keys():
+        _own_hooks.add(register_optimizer_step_post_hook(_after_step).id)
 
 
-def are_only_hooks(before: Mapping[int, Any], after: Mapping[int, Any]) -> bool:
+def are_only_hooks() -> bool:
     """Whether torch's hooks of all optimizers' steps are none but these here.
 
     An optimizer that writes the weights of leaves itself may then call ``before_step`` alone.
     """
-    return len(before) + len(after) <= len(_hooks)
+    return _own_hooks.issuperset(_global_optimizer_pre_hooks) and _own_hooks.issuperset(
+        _global_optimizer_post_hooks
+    )
 
 
 def before_step(optimizer: Optimizer) -> None:
-    """Refuse what would train nothing, and gradients that the ranks do not share."""
+    """Refuse what would train nothing, and gradients that the ranks do not share.
+
+    Raises:
+        RuntimeError: Leaves that were removed; an optimizer built before attaching; gradients that
+            differ between ranks.
+    """
     if leaves.any_removed():
         for group in optimizer.param_groups:
             for param in group["params"]:
                 leaves.home_of(param)  # refuses those
     for handle in list(_unstepped):
-        if handle in _holding(optimizer) and _compare_ranks(dict(handle.named_parameters())):
+        look = _look(optimizer)
+        if not look.is_checked:
+            for unstepped in list(_unstepped):
+                _check_built_after(optimizer, set(look.params), unstepped)
+            look.is_checked = True
+        if handle in look.holding and _compare_ranks(handle._all_leaves()):
             _unstepped.discard(handle)
 
 
@@ -107,29 +124,23 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """After any optimizer's step the weights follow the leaves that it holds."""
     if getattr(optimizer, "writes_weights_of_leaves", False):
         return
-    for handle in list(_holding(optimizer)):
+    for handle in list(_look(optimizer).holding):
         handle.sync()
 
 
-def _holding(optimizer: Optimizer) -> weakref.WeakSet[Any]:
-    """The handles whose leaves the optimizer holds; looked for where something has changed.
-
-    Raises:
-        RuntimeError: It was built before leaves were attached that have made no step yet.
-    """
+def _look(optimizer: Optimizer) -> _Look:
+    """What the optimizer holds; looked for anew where something has changed."""
     params = [id(param) for group in optimizer.param_groups for param in group["params"]]
-    look = _looks.get(optimizer)
+    look: _Look | None = _looks.get(optimizer)
     if look is None or look.params != params or look.generation != leaves.generation():
         held = set(params)
-        for handle in list(_unstepped):
-            _check_built_after(optimizer, held, handle)
         holding = weakref.WeakSet(
             handle
             for handle in _followed
-            if any(id(leaf) in held for _, leaf in handle.named_parameters())
+            if not held.isdisjoint(map(id, handle._all_leaves().values()))
         )
         look = _looks[optimizer] = _Look(params, leaves.generation(), holding)
-    return look.holding
+    return look
 
 
 def _check_built_after(optimizer: Optimizer, held: set[int], handle: Followed) -> None:
@@ -139,8 +150,8 @@ def _check_built_after(optimizer: Optimizer, held: set[int], handle: Followed) -
         RuntimeError: Names the weights.
     """
     stale = [
-        name.replace(leaves.CHILD + ".", "")
-        for name, leaf in handle.named_parameters()
+        name
+        for name, leaf in handle._all_leaves().items()
         if id(leaf) not in held
         and (home := leaves.home_of(leaf)) is not None
         and id(home.weight) in held
