@@ -20,6 +20,7 @@ class ScaleRule(Rule):
 
     def x_hat(self, module: nn.Module, x: Tensor) -> Tensor:
         """What the weight is multiplied with, of x's shape and dtype."""
+        # each subclass has its own
         raise NotImplementedError(f"{type(self).__name__} has no x_hat")
 
     def input_dims(self, module: nn.Module) -> int:

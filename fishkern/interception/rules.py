@@ -118,6 +118,7 @@ class Rule:
         Returns:
             For each parameter by its local name ``[N, *shape]``.
         """
+        # each rule has its own: the one method that it must give
         raise NotImplementedError(f"{type(self).__name__} has no sample_grads")
 
     def fisher_(
@@ -186,6 +187,7 @@ class Rule:
                 named.
             grad_out: The gradient at the output.
         """
+        # of rules with ``selects`` alone: no other is asked
         raise NotImplementedError(f"{type(self).__name__} has no selected_grad")
 
     def input_grad(self, module: nn.Module, x: Tensor, grad_out: Tensor) -> Tensor:

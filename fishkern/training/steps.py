@@ -105,12 +105,15 @@ def before_step(optimizer: Optimizer) -> None:
         for group in optimizer.param_groups:
             for param in group["params"]:
                 leaves.home_of(param)  # refuses those
-    for handle in list(_unstepped):
-        look = _look(optimizer)
-        if not look.is_checked:
-            for unstepped in list(_unstepped):
-                _check_built_after(optimizer, set(look.params), unstepped)
-            look.is_checked = True
+    waiting = list(_unstepped)
+    if not waiting:
+        return
+    look = _look(optimizer)
+    if not look.is_checked:
+        for handle in waiting:
+            _check_built_after(optimizer, set(look.params), handle)
+        look.is_checked = True
+    for handle in waiting:
         if handle in look.holding and _compare_ranks(handle._all_leaves()):
             _unstepped.discard(handle)
 
